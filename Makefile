@@ -1,0 +1,51 @@
+# medfed: everything a newcomer types. Each target makes .venv from constraints.txt when it is missing.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+# public data sets of the examples and tests: yours through MEDFED_DATA, else a folder beside the checkout
+MEDFED_DATA ?= $(wildcard $(CURDIR)/../shared/data)
+export MEDFED_DATA
+COHORT ?= breast-cancer
+
+.PHONY: install demo test soak federation lint types bench clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[sim,dev]'
+	touch $@
+
+demo: install
+	$(BIN)/medfed-simulate run --cohort breast-cancer --epsilon 1 --out runs/demo
+
+federation: install
+	$(BIN)/medfed-simulate federation --cohort $(COHORT) --out runs/federation
+
+test: install
+	$(BIN)/python -m pytest
+
+soak: install
+	$(BIN)/python -m pytest -m soak
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy does not follow setuptools' package-dir: a farm of symbolic links shows it the installed layout
+ROOMS := client models privacy server simulations
+types: install
+	rm -rf .typing && mkdir -p .typing/medfed
+	for file in medfed/*.py medfed/py.typed; do ln -s ../../$$file .typing/medfed/; done
+	for room in $(ROOMS); do ln -s ../../$$room .typing/medfed/$$room; done
+	$(BIN)/mypy -p medfed
+
+bench: install
+	$(BIN)/python -m medfed.simulations.benchmarks.federation --json
+
+clean:
+	rm -rf $(VENV) .typing build dist

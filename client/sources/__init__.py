@@ -1,0 +1,1 @@
+"""Readers of patient records: the only code that sees a hospital's files."""

@@ -1,0 +1,1 @@
+"""Models and tasks. Knows nothing of federation or privacy."""

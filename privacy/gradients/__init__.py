@@ -1,0 +1,1 @@
+"""Sums of per-patient gradients, each clipped to the same norm."""
