@@ -127,7 +127,7 @@ EXIT_STATUS: dict[int, tuple[ExitStatus, str]] = {
 
 
 class MedfedError(Exception):
-    """One line a person can act on: ``MF-501 epsilon 8.20 would exceed the cap 8.00: stop the study or raise the cap``."""
+    """One line a person can act on: ``MF-501 epsilon 8.20 would exceed the cap 8.00: raise the cap or stop``."""
 
     def __init__(self, code: int, what: str, remedy: str) -> None:
         super().__init__(f"MF-{code} {what}: {remedy}")

@@ -1,8 +1,322 @@
-"""Versioned, size-bounded messages <-> bytes."""
+"""Versioned, size-bounded, signed messages <-> bytes. Nothing leaves a hospital that is not listed here.
+
+A frame is ``"MFW" ‖ version ‖ kind ‖ fields ‖ signature``. Integers are big-endian of fixed width, byte strings of fixed
+width stand as they are, all others carry a 4-byte length, lists a 2-byte count. The 64-byte Ed25519 signature covers the
+SHA-256 of everything before it. A frame that is longer, shorter, of another version or kind, or that has a byte left over
+is refused with a code; no other exception leaves ``decode``.
+
+What a hospital may send (the whole list): ``OfferReply``, ``Upload``, ``StateAccepted``, ``Finished``, ``Refusal``.
+Their lengths depend on the study alone, never on patients.
+"""
 
 from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import Annotated, ClassVar, TypeVar, get_args, get_type_hints
+
+from medfed.errors import LocalProtocolError, RemoteProtocolError
+from medfed.identity import SIGNATURE_BYTES, Identity, verify
+
+MAGIC = b"MFW"
+VERSION = 1
+_HEADER_BYTES = len(MAGIC) + 2
+_OVERHEAD_BYTES = 1 << 18  # all fields but the vectors of the largest message: 128 offers and signatures
+
+NO_POSITION = 0xFFFF  # a hospital that has not approved the study has no position in it
 
 
 def enc(*parts: bytes) -> bytes:
     """Unambiguous encoding of byte strings: for each part its length as 4 bytes big-endian, then the part."""
     return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+
+
+class Refused(IntEnum):
+    """Why a hospital does not answer a request with what was asked: the only error text that leaves it."""
+
+    NOT_APPROVED = 1  # this hospital's people have not approved this study, or have withdrawn it
+    NO_SESSION = 2  # the keys of this session are gone (a restart): set up again
+    NEED_STATE = 3  # the model state before this round is not here: transfer it, with signatures
+    ATTEMPT_SPENT = 4  # this attempt was begun here and cannot be finished: take the next
+    STATE_MISMATCH = 5  # the state named is not the one this hospital computed
+    OFFERS_REFUSED = 6  # peers' keys do not verify against the approved roster
+    BUDGET = 7  # this hospital's budget does not cover the attempt
+    OUT_OF_ORDER = 8  # wrong round, attempt or session
+    INTERNAL = 9  # a fault at the hospital; its own log says which
+    SIGNATURES = 10  # too few or wrong signatures over a transferred state
+
+
+@dataclass(frozen=True, slots=True)
+class _Unsigned:
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Fixed:
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Variable:
+    limit: int | None  # None: bounded by the caller's limit for vectors
+
+
+@dataclass(frozen=True, slots=True)
+class _Items:
+    item_limit: int
+    count_limit: int
+
+
+U16 = Annotated[int, _Unsigned(2)]
+U32 = Annotated[int, _Unsigned(4)]
+Bytes16 = Annotated[bytes, _Fixed(16)]
+Bytes32 = Annotated[bytes, _Fixed(32)]
+Bytes64 = Annotated[bytes, _Fixed(64)]
+Offer = Annotated[bytes, _Variable(1024)]
+Vector = Annotated[bytes, _Variable(None)]
+Offers = Annotated[tuple[bytes, ...], _Items(1024, 128)]
+Attestations = Annotated[tuple[bytes, ...], _Items(2 + SIGNATURE_BYTES, 128)]  # BE16 position ‖ signature
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Base of all messages. Every one names the study it belongs to."""
+
+    KIND: ClassVar[int]
+    study_hash: Bytes32
+
+
+@dataclass(frozen=True, slots=True)
+class SetupRequest(Message):
+    """Coordinator -> hospital: begin a session, send your key offer."""
+
+    KIND: ClassVar[int] = 1
+    session: Bytes16
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRequest(Message):
+    """Coordinator -> hospital: train at state ``round`` (rounds completed) and upload.
+
+    ``total`` is the released ring sum that leads from state round - 1 to state round (empty for round 0). The same
+    attempt keeps its nonce, so that a request repeated after a crash is answered with identical bytes.
+    """
+
+    KIND: ClassVar[int] = 2
+    session: Bytes16
+    nonce: Bytes16
+    attempt: U32
+    round: U32
+    state_hash: Bytes32
+    offers: Offers
+    total: Vector
+
+
+@dataclass(frozen=True, slots=True)
+class StateTransfer(Message):
+    """Coordinator -> hospital: a state with the signatures of hospitals that computed it."""
+
+    KIND: ClassVar[int] = 3
+    nonce: Bytes16
+    round: U32
+    state: Vector
+    attestations: Attestations
+
+
+@dataclass(frozen=True, slots=True)
+class Finish(Message):
+    """Coordinator -> hospital: the last released sum; compute and keep the final model."""
+
+    KIND: ClassVar[int] = 4
+    nonce: Bytes16
+    round: U32
+    state_hash: Bytes32
+    total: Vector
+
+
+@dataclass(frozen=True, slots=True)
+class OfferReply(Message):
+    """Hospital -> coordinator: a signed key offer, and the highest attempt number this hospital has used."""
+
+    KIND: ClassVar[int] = 16
+    session: Bytes16
+    position: U16
+    highest_attempt: U32
+    offer: Offer
+
+
+@dataclass(frozen=True, slots=True)
+class Upload(Message):
+    """Hospital -> coordinator: one masked vector and this hospital's signature over the state it trained at."""
+
+    KIND: ClassVar[int] = 17
+    nonce: Bytes16
+    position: U16
+    attempt: U32
+    round: U32
+    attestation: Bytes64
+    payload: Vector
+
+
+@dataclass(frozen=True, slots=True)
+class StateAccepted(Message):
+    """Hospital -> coordinator: the transferred state is in place."""
+
+    KIND: ClassVar[int] = 18
+    nonce: Bytes16
+    position: U16
+    round: U32
+
+
+@dataclass(frozen=True, slots=True)
+class Finished(Message):
+    """Hospital -> coordinator: signature over the final state."""
+
+    KIND: ClassVar[int] = 19
+    nonce: Bytes16
+    position: U16
+    round: U32
+    attestation: Bytes64
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal(Message):
+    """Hospital -> coordinator: a reason from the fixed list, bound to the request by its nonce or session."""
+
+    KIND: ClassVar[int] = 20
+    nonce: Bytes16
+    position: U16
+    reason: U16
+
+
+FROM_COORDINATOR: tuple[type[Message], ...] = (SetupRequest, RoundRequest, StateTransfer, Finish)
+FROM_HOSPITAL: tuple[type[Message], ...] = (OfferReply, Upload, StateAccepted, Finished, Refusal)
+_KINDS = {kind.KIND: kind for kind in FROM_COORDINATOR + FROM_HOSPITAL}
+
+MessageT = TypeVar("MessageT", bound=Message)
+_Layout = tuple[tuple[str, _Unsigned | _Fixed | _Variable | _Items], ...]
+
+
+def _layout(kind: type[Message]) -> _Layout:
+    hints = get_type_hints(kind, include_extras=True)
+    return tuple((field.name, get_args(hints[field.name])[1]) for field in fields(kind))
+
+
+_LAYOUTS = {kind: _layout(kind) for kind in _KINDS.values()}
+
+
+def encode(message: Message, identity: Identity) -> bytes:
+    """The signed frame of ``message``."""
+    parts = [MAGIC, bytes([VERSION, message.KIND])]
+    for name, rule in _LAYOUTS[type(message)]:
+        parts.append(_pack(name, rule, getattr(message, name)))
+    body = b"".join(parts)
+    return body + identity.sign(_signed(body))
+
+
+def _pack(name: str, rule: _Unsigned | _Fixed | _Variable | _Items, value: int | bytes | tuple[bytes, ...]) -> bytes:
+    if isinstance(rule, _Unsigned) and isinstance(value, int) and 0 <= value < 1 << (8 * rule.width):
+        return value.to_bytes(rule.width, "big")
+    if isinstance(rule, _Fixed) and isinstance(value, bytes) and len(value) == rule.size:
+        return value
+    if isinstance(rule, _Variable) and isinstance(value, bytes) and (rule.limit is None or len(value) <= rule.limit):
+        return len(value).to_bytes(4, "big") + value
+    if (
+        isinstance(rule, _Items)
+        and isinstance(value, tuple)
+        and len(value) <= rule.count_limit
+        and all(len(item) <= rule.item_limit for item in value)
+    ):
+        return len(value).to_bytes(2, "big") + enc(*value)
+    raise LocalProtocolError(103, f"field {name} cannot be sent", "this is a fault of medfed: please report it")
+
+
+def decode(frame: bytes, *, vector_limit_bytes: int) -> Message:
+    """Parse a frame without checking its signature (``check_signature`` does, once the sender is known).
+
+    Raises ``RemoteProtocolError``: MF-101 length, MF-102 version, MF-103 layout, MF-104 unknown kind.
+    """
+    if not _HEADER_BYTES + SIGNATURE_BYTES < len(frame) <= vector_limit_bytes + _OVERHEAD_BYTES:
+        raise RemoteProtocolError(101, f"message of {len(frame)} bytes", "the limit follows from the study")
+    if frame[:3] != MAGIC:
+        raise RemoteProtocolError(103, "not a medfed message", "refused")
+    if frame[3] != VERSION:
+        raise RemoteProtocolError(
+            102, f"protocol version {frame[3]}, this side speaks {VERSION}", "update the older side"
+        )
+    kind = _KINDS.get(frame[4])
+    if kind is None:
+        raise RemoteProtocolError(104, f"message of unknown kind {frame[4]}", "refused")
+    reader = _Reader(memoryview(frame)[_HEADER_BYTES:-SIGNATURE_BYTES], vector_limit_bytes)
+    values = {name: reader.take(rule) for name, rule in _LAYOUTS[kind]}
+    reader.end()
+    make: Callable[..., Message] = kind
+    return make(**values)
+
+
+def check_signature(frame: bytes, public: bytes) -> None:
+    """Raise MF-110 unless the holder of ``public`` signed this frame."""
+    verify(public, frame[-SIGNATURE_BYTES:], _signed(frame[:-SIGNATURE_BYTES]))
+
+
+def _signed(body: bytes) -> bytes:
+    return enc(b"medfed/wire/v1", hashlib.sha256(body).digest())
+
+
+class _Reader:
+    """Takes fields off a buffer; every shortage is MF-103."""
+
+    def __init__(self, buffer: memoryview, vector_limit_bytes: int) -> None:
+        self._buffer = buffer
+        self._at = 0
+        self._vector_limit = vector_limit_bytes
+
+    def take(self, rule: _Unsigned | _Fixed | _Variable | _Items) -> int | bytes | tuple[bytes, ...]:
+        if isinstance(rule, _Unsigned):
+            return self._integer(rule.width)
+        if isinstance(rule, _Fixed):
+            return self._bytes(rule.size)
+        if isinstance(rule, _Variable):
+            return self._string(self._vector_limit if rule.limit is None else rule.limit)
+        count = self._integer(2)
+        if count > rule.count_limit:
+            raise _malformed()
+        return tuple(self._string(rule.item_limit) for _ in range(count))
+
+    def end(self) -> None:
+        if self._at != len(self._buffer):
+            raise _malformed()
+
+    def _integer(self, width: int) -> int:
+        return int.from_bytes(self._bytes(width), "big")
+
+    def _string(self, limit: int) -> bytes:
+        size = self._integer(4)
+        if size > limit:
+            raise _malformed()
+        return self._bytes(size)
+
+    def _bytes(self, size: int) -> bytes:
+        if size > len(self._buffer) - self._at:
+            raise _malformed()
+        taken = bytes(self._buffer[self._at : self._at + size])
+        self._at += size
+        return taken
+
+
+def _malformed() -> RemoteProtocolError:
+    return RemoteProtocolError(103, "message malformed", "refused; both sides need the same medfed")
+
+
+def expect(message: Message, kind: type[MessageT]) -> MessageT:
+    """``message`` as a ``kind``, else MF-104."""
+    if not isinstance(message, kind):
+        raise RemoteProtocolError(104, f"{type(message).__name__} instead of {kind.__name__}", "refused")
+    return message
+
+
+def state_statement(study_hash: bytes, completed_rounds: int, state_hash: bytes) -> bytes:
+    """What a hospital signs to say: after ``completed_rounds`` rounds I computed this state."""
+    return enc(b"medfed/state/v1", study_hash, completed_rounds.to_bytes(4, "big"), state_hash)

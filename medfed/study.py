@@ -1,0 +1,284 @@
+"""The study: a declarative training plan that a hospital can read, approve by its hash, and hold everybody to.
+
+A study is data. It holds no code, no randomness and no default for anything that carries a guarantee. Its identity is
+the SHA-256 of its canonical bytes; every message, mask and ledger row of a run is bound to that hash.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import itertools
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from medfed.errors import ConfigError, PrivacyError
+from medfed.seams import Files
+from medfed.toml_files import load
+from medfed.wire import enc
+
+Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")]
+Column = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z_][A-Za-z0-9_ .-]*$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e12, le=1e12)]
+Scale = Annotated[float, Field(gt=1e-12, le=1e12, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Strict: no unknown keys, no conversions, no changes after validation."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Header(Section):
+    format: Literal[1]
+    name: Name
+    purpose: Annotated[str, Field(min_length=1, max_length=500)]
+    expires: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+
+    @model_validator(mode="after")
+    def _date(self) -> Header:
+        datetime.date.fromisoformat(self.expires)
+        return self
+
+
+class Task(Section):
+    """What the model predicts. ``class_weights`` are public constants, one a class."""
+
+    kind: Literal["binary", "multiclass"]
+    label: Column
+    classes: Annotated[int, Field(ge=2, le=1000)]
+    class_weights: Annotated[list[Scale], Field(max_length=1000)] | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> Task:
+        if self.kind == "binary" and self.classes != 2:
+            raise ValueError("a binary task has classes = 2")
+        if self.class_weights is not None and len(self.class_weights) != self.classes:
+            raise ValueError("class_weights needs one weight a class")
+        return self
+
+    @property
+    def outputs(self) -> int:
+        """Number of logits: 1 for a binary task, else one a class."""
+        return 1 if self.kind == "binary" else self.classes
+
+
+class NumericFeature(Section):
+    """A number: ``(value - center) / scale`` enters the model. All constants are public, never computed from patients.
+
+    A value outside [minimum, maximum] is an error (``outside = "refuse"``) or set to the nearer bound (``"clip"``). A
+    missing value is an error unless ``missing`` names the public value that stands for it.
+    """
+
+    name: Column
+    kind: Literal["number"]
+    unit: Annotated[str, Field(max_length=32)]
+    minimum: Finite
+    maximum: Finite
+    center: Finite
+    scale: Scale
+    outside: Literal["refuse", "clip"]
+    missing: Finite | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> NumericFeature:
+        if self.minimum >= self.maximum:
+            raise ValueError("minimum must lie below maximum")
+        return self
+
+    @property
+    def width(self) -> int:
+        return 1
+
+
+class CategoryFeature(Section):
+    """A category: one indicator for each level after the first, each entered as ``(indicator - center) / scale``."""
+
+    name: Column
+    kind: Literal["category"]
+    levels: Annotated[list[Annotated[str, Field(min_length=1, max_length=64)]], Field(min_length=2, max_length=256)]
+    center: Finite
+    scale: Scale
+    missing: str | None = None
+
+    @model_validator(mode="after")
+    def _distinct(self) -> CategoryFeature:
+        if len(set(self.levels)) != len(self.levels):
+            raise ValueError("levels must differ")
+        if self.missing is not None and self.missing not in self.levels:
+            raise ValueError("missing must be one of the levels")
+        return self
+
+    @property
+    def width(self) -> int:
+        return len(self.levels) - 1
+
+
+Feature = Annotated[NumericFeature | CategoryFeature, Field(discriminator="kind")]
+
+
+class DataContract(Section):
+    """What a record must look like at every hospital."""
+
+    max_records_per_patient: Annotated[int, Field(ge=1, le=10_000)]
+    features: Annotated[list[Feature], Field(min_length=1, max_length=10_000)]
+
+    @model_validator(mode="after")
+    def _distinct(self) -> DataContract:
+        names = [feature.name for feature in self.features]
+        if len(set(names)) != len(names):
+            raise ValueError("a feature is listed twice")
+        return self
+
+    @property
+    def inputs(self) -> int:
+        """Number of values of one encoded record."""
+        return sum(feature.width for feature in self.features)
+
+
+class ModelChoice(Section):
+    """A model of the closed catalogue and the hash of the safetensors file of its first weights."""
+
+    name: Literal["logistic-regression", "mlp"]
+    hidden: Annotated[list[Annotated[int, Field(ge=1, le=4096)]], Field(max_length=8)]
+    first_model_sha256: Sha256
+
+    @model_validator(mode="after")
+    def _layers(self) -> ModelChoice:
+        if (self.name == "mlp") != bool(self.hidden):
+            raise ValueError("an mlp names its hidden layers, a logistic-regression has none")
+        return self
+
+
+class Momentum(Section):
+    """Heavy-ball momentum: v = momentum * v + g; w = w - rate * v."""
+
+    kind: Literal["momentum"]
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Adam(Section):
+    """Adam (Kingma and Ba 2015, algorithm 1) on the released mean gradient."""
+
+    kind: Literal["adam"]
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)]
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)]
+    stabilizer: Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class Training(Section):
+    """``learning_rates`` is a table of [first round, rate]; rounds count from 1.
+
+    The released model is the mean of the weights after each of the last ``average_last_rounds`` rounds. Noise is
+    calibrated for ``rounds + spare_attempts`` events: a round that is lost after an upload costs a spare.
+    """
+
+    aggregate: Literal["gradient"]
+    rounds: Annotated[int, Field(ge=1, le=100_000)]
+    spare_attempts: Annotated[int, Field(ge=0, le=10_000)]
+    learning_rates: Annotated[list[Annotated[list[Finite], Field(min_length=2, max_length=2)]], Field(min_length=1)]
+    average_last_rounds: Annotated[int, Field(ge=1, le=100_000)]
+    server_step: Annotated[Momentum | Adam, Field(discriminator="kind")]
+
+    @model_validator(mode="after")
+    def _tables(self) -> Training:
+        starts = [row[0] for row in self.learning_rates]
+        if starts[0] != 1 or any(b <= a for a, b in itertools.pairwise(starts)):
+            raise ValueError("learning_rates must begin with round 1 and ascend")
+        if any(start != int(start) or not 0 < rate <= 1e6 for start, rate in self.learning_rates):
+            raise ValueError("learning_rates holds [whole round, positive rate]")
+        if self.average_last_rounds > self.rounds:
+            raise ValueError("average_last_rounds exceeds rounds")
+        return self
+
+    @property
+    def attempts(self) -> int:
+        """Length of the fixed list of events that approval reserves."""
+        return self.rounds + self.spare_attempts
+
+    def learning_rate(self, round_number: int) -> float:
+        """The rate of round ``round_number`` = 1, 2, ..."""
+        return [rate for start, rate in self.learning_rates if start <= round_number][-1]
+
+
+class Privacy(Section):
+    """Everything the guarantee rests on. ``epsilon`` is the study's claim for all attempts; hospitals recompute it."""
+
+    unit: Literal["patient", "record"]
+    adjacency: Literal["add-remove"]
+    mode: Literal["local", "distributed"]
+    sampling_rate: Annotated[float, Field(gt=0.0, le=1.0)]
+    clipping_norm: Annotated[float, Field(gt=0.0, le=1000.0)]
+    noise_multiplier: Annotated[float, Field(ge=0.3, le=10_000.0)]
+    delta: Annotated[float, Field(gt=0.0, le=0.01)]
+    epsilon: Annotated[float, Field(gt=0.0, le=100.0)]
+
+
+class Quantization(Section):
+    """``range`` bounds a coordinate of one hospital's clipped sum: beyond it the sum saturates before the noise."""
+
+    ring_bits: Literal[16, 32]
+    range: Annotated[float, Field(gt=0.0, le=1e9)]
+
+
+class Cohort(Section):
+    hospitals: Annotated[int, Field(ge=3, le=128)]
+    colluders: Annotated[int, Field(ge=1, le=126)]
+    roster_sha256: Sha256
+
+    @model_validator(mode="after")
+    def _honest(self) -> Cohort:
+        if self.hospitals - self.colluders < 2:
+            raise ValueError("hospitals - colluders must be at least 2")
+        return self
+
+
+class Deadlines(Section):
+    """Seconds. With ``slot_s`` every upload leaves a whole number of slots after its request arrived."""
+
+    setup_s: Annotated[float, Field(ge=1.0, le=604_800.0)]
+    round_s: Annotated[float, Field(ge=1.0, le=604_800.0)]
+    slot_s: Annotated[float, Field(gt=0.0, le=86_400.0)] | None = None
+
+
+class Study(Section):
+    """The whole plan."""
+
+    study: Header
+    task: Task
+    data: DataContract
+    model: ModelChoice
+    training: Training
+    privacy: Privacy
+    quantization: Quantization
+    cohort: Cohort
+    deadlines: Deadlines
+
+    def canonical_bytes(self) -> bytes:
+        """The one byte form of this study: JSON, keys sorted, shortest round-trip numbers, ASCII."""
+        return json.dumps(
+            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+        ).encode()
+
+    def hash(self) -> bytes:
+        """SHA-256 over the canonical bytes, 32 bytes."""
+        return hashlib.sha256(enc(b"medfed/study/v1", self.canonical_bytes())).digest()
+
+    def expired(self, wall_s: float) -> bool:
+        """Whether the last day of the study is over, in UTC."""
+        today = datetime.datetime.fromtimestamp(wall_s, datetime.UTC).date()
+        return today > datetime.date.fromisoformat(self.study.expires)
+
+
+def load_study(files: Files, path: Path) -> Study:
+    """Read ``study.toml``; every fault is one ``ConfigError`` line, a seed anywhere in it MF-133."""
+    try:
+        return load(files, path, Study)
+    except ConfigError as error:
+        if error.code == 202 and "seed" in error.what.lower():
+            raise PrivacyError(133, f"{path.name} sets randomness", "a study holds no seed; remove it") from error
+        raise

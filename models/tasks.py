@@ -1,0 +1,62 @@
+"""What a task means: its loss per record, its scores, its metrics. Every loss here is a sum over records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from medfed.models.records import Records
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from medfed.study import Task
+
+Losses = Callable[[Tensor, Tensor], Tensor]
+
+
+def losses(task: Task) -> Losses:
+    """(logits float32[n, outputs], labels int64[n]) -> float32[n]: each record's own loss, separable by patient."""
+    weights = None if task.class_weights is None else torch.tensor(task.class_weights, dtype=torch.float32)
+
+    def binary(logits: Tensor, labels: Tensor) -> Tensor:
+        loss = functional.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype), reduction="none")
+        return loss if weights is None else loss * weights.to(loss)[labels]
+
+    def multiclass(logits: Tensor, labels: Tensor) -> Tensor:
+        loss = functional.cross_entropy(logits, labels, reduction="none")
+        return loss if weights is None else loss * weights.to(loss)[labels]
+
+    return binary if task.kind == "binary" else multiclass
+
+
+def probabilities(model: nn.Module, task: Task, inputs: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Probability of each class, float64[n, classes]."""
+    model.eval()
+    with torch.no_grad():
+        logits = model(torch.from_numpy(inputs)).double()
+    if task.kind == "binary":
+        positive = torch.sigmoid(logits[:, :1])
+        return np.asarray(torch.cat([1 - positive, positive], 1).numpy(), np.float64)
+    return np.asarray(torch.softmax(logits, 1).numpy(), np.float64)
+
+
+def auc(positive: NDArray[np.bool_], scores: NDArray[np.float64]) -> float | None:
+    """Area under the ROC curve by ranks (Mann-Whitney; ties count half); None when one class is absent."""
+    positives, negatives = int(positive.sum()), int((~positive).sum())
+    if positives == 0 or negatives == 0:
+        return None
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    return float((ranks[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def evaluate(model: nn.Module, task: Task, records: Records) -> dict[str, float | None]:
+    """Metrics of a task on labelled records: ``auc`` (mean over classes against the rest) and ``accuracy``."""
+    chances = probabilities(model, task, records.inputs)
+    accuracy = float((chances.argmax(1) == records.labels).mean()) if len(records.labels) else None
+    chosen = [1] if task.kind == "binary" else list(range(task.classes))
+    areas = [auc(records.labels == index, chances[:, index]) for index in chosen]
+    known = [area for area in areas if area is not None]
+    return {"auc": sum(known) / len(known) if known else None, "accuracy": accuracy}
