@@ -99,6 +99,7 @@ EXIT_STATUS: dict[int, tuple[ExitStatus, str]] = {
     402: (_I, "ledger truncated"),
     403: (_I, "ledger row altered"),
     404: (_I, "ledger chain broken"),
+    405: (_I, "ledger older than its witness, or a second copy"),
     406: (_I, "ledger written by a newer version"),
     501: (_B, "epsilon would exceed the hospital's cap"),
     502: (_B, "the study's attempts are used up"),

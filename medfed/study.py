@@ -13,11 +13,11 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from medfed.errors import ConfigError, PrivacyError
 from medfed.seams import Files
-from medfed.toml_files import load
+from medfed.toml_files import StrictModel, load
 from medfed.wire import enc
 
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")]
@@ -27,13 +27,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e12, le=1e12)]
 Scale = Annotated[float, Field(gt=1e-12, le=1e12, allow_inf_nan=False)]
 
 
-class Section(BaseModel):
-    """Strict: no unknown keys, no conversions, no changes after validation."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Header(Section):
+class Header(StrictModel):
     format: Literal[1]
     name: Name
     purpose: Annotated[str, Field(min_length=1, max_length=500)]
@@ -45,7 +39,7 @@ class Header(Section):
         return self
 
 
-class Task(Section):
+class Task(StrictModel):
     """What the model predicts. ``class_weights`` are public constants, one a class."""
 
     kind: Literal["binary", "multiclass"]
@@ -67,7 +61,7 @@ class Task(Section):
         return 1 if self.kind == "binary" else self.classes
 
 
-class NumericFeature(Section):
+class NumericFeature(StrictModel):
     """A number: ``(value - center) / scale`` enters the model. All constants are public, never computed from patients.
 
     A value outside [minimum, maximum] is an error (``outside = "refuse"``) or set to the nearer bound (``"clip"``). A
@@ -95,7 +89,7 @@ class NumericFeature(Section):
         return 1
 
 
-class CategoryFeature(Section):
+class CategoryFeature(StrictModel):
     """A category: one indicator for each level after the first, each entered as ``(indicator - center) / scale``."""
 
     name: Column
@@ -121,7 +115,7 @@ class CategoryFeature(Section):
 Feature = Annotated[NumericFeature | CategoryFeature, Field(discriminator="kind")]
 
 
-class DataContract(Section):
+class DataContract(StrictModel):
     """What a record must look like at every hospital."""
 
     max_records_per_patient: Annotated[int, Field(ge=1, le=10_000)]
@@ -140,7 +134,7 @@ class DataContract(Section):
         return sum(feature.width for feature in self.features)
 
 
-class ModelChoice(Section):
+class ModelChoice(StrictModel):
     """A model of the closed catalogue and the hash of the safetensors file of its first weights."""
 
     name: Literal["logistic-regression", "mlp"]
@@ -154,14 +148,14 @@ class ModelChoice(Section):
         return self
 
 
-class Momentum(Section):
+class Momentum(StrictModel):
     """Heavy-ball momentum: v = momentum * v + g; w = w - rate * v."""
 
     kind: Literal["momentum"]
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class Adam(Section):
+class Adam(StrictModel):
     """Adam (Kingma and Ba 2015, algorithm 1) on the released mean gradient."""
 
     kind: Literal["adam"]
@@ -170,7 +164,7 @@ class Adam(Section):
     stabilizer: Annotated[float, Field(gt=0.0, le=1.0)]
 
 
-class Training(Section):
+class Training(StrictModel):
     """``learning_rates`` is a table of [first round, rate]; rounds count from 1.
 
     The released model is the mean of the weights after each of the last ``average_last_rounds`` rounds. Noise is
@@ -205,7 +199,7 @@ class Training(Section):
         return [rate for start, rate in self.learning_rates if start <= round_number][-1]
 
 
-class Privacy(Section):
+class Privacy(StrictModel):
     """Everything the guarantee rests on. ``epsilon`` is the study's claim for all attempts; hospitals recompute it."""
 
     unit: Literal["patient", "record"]
@@ -218,14 +212,14 @@ class Privacy(Section):
     epsilon: Annotated[float, Field(gt=0.0, le=100.0)]
 
 
-class Quantization(Section):
+class Quantization(StrictModel):
     """``range`` bounds a coordinate of one hospital's clipped sum: beyond it the sum saturates before the noise."""
 
     ring_bits: Literal[16, 32]
     range: Annotated[float, Field(gt=0.0, le=1e9)]
 
 
-class Cohort(Section):
+class Cohort(StrictModel):
     hospitals: Annotated[int, Field(ge=3, le=128)]
     colluders: Annotated[int, Field(ge=1, le=126)]
     roster_sha256: Sha256
@@ -237,7 +231,7 @@ class Cohort(Section):
         return self
 
 
-class Deadlines(Section):
+class Deadlines(StrictModel):
     """Seconds. With ``slot_s`` every upload leaves a whole number of slots after its request arrived."""
 
     setup_s: Annotated[float, Field(ge=1.0, le=604_800.0)]
@@ -245,7 +239,7 @@ class Deadlines(Section):
     slot_s: Annotated[float, Field(gt=0.0, le=86_400.0)] | None = None
 
 
-class Study(Section):
+class Study(StrictModel):
     """The whole plan."""
 
     study: Header

@@ -1,0 +1,222 @@
+"""A person's decision to take part: what a study asks in plain words, who else is in, what it costs; then the pin.
+
+``review`` checks everything that can be checked without spending; ``approve`` writes the study's files and one ledger row.
+Only what was approved here is ever answered, whatever the coordinator sends later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from medfed.advance import first_state
+from medfed.client.ledger import Approval, ApprovalOutlook, Caps, Ledger
+from medfed.client.participation import Approved
+from medfed.client.site import Site
+from medfed.client.trainer import number_patients
+from medfed.errors import ConfigError, DataError, PrivacyError
+from medfed.identity import Identity
+from medfed.models import catalogue, parameters
+from medfed.models.records import Records
+from medfed.privacy.plan import Plan, make_plan
+from medfed.roster import Enrolment, Roster, load_enrolment, load_roster
+from medfed.study import Study, load_study
+
+STUDY_NAME, ROSTER_NAME, MODEL_NAME = "study.toml", "roster.json", "first_model.safetensors"
+MINIMUM_PATIENTS = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Review:
+    """A study that passed every check, and what the person who approves it should know."""
+
+    study: Study
+    roster: Roster
+    position: int
+    plan: Plan
+    model_file: bytes
+    records: Records
+    unconfirmed: tuple[Enrolment, ...]
+    holdout_patients: int
+    training_patients: int
+
+
+def caps_of(site: Site) -> Caps:
+    """The two caps of this hospital's policy."""
+    policy = site.config.policy
+    return Caps(policy.max_epsilon_study, policy.max_epsilon_lifetime, policy.lifetime_delta)
+
+
+def review(site: Site, study_path: Path, peer_paths: Sequence[Path]) -> Review:
+    """Check a study and its attachments (which lie beside it) against this hospital's policy, data and confirmed peers.
+
+    Raises, with nothing spent or written: ``ConfigError`` for unreadable files, ``PrivacyError`` MF-120 expired, MF-124
+    attachments of another hash, MF-130..148 policy, roster and epsilon, ``DataError`` MF-301/310.
+    """
+    files = site.seams.files
+    study = load_study(files, study_path)
+    if study.expired(site.seams.clock.wall()):
+        raise PrivacyError(120, f"study {study.study.name} expired on {study.study.expires}", "ask for a new one")
+    roster = _checked_roster(site, study, study_path.parent / ROSTER_NAME)
+    position = _own_position(site, roster)
+    model_file = files.read(study_path.parent / MODEL_NAME)
+    if parameters.file_hash(model_file) != study.model.first_model_sha256:
+        raise PrivacyError(124, f"{MODEL_NAME} is not the study's first model", "ask the coordinator for its files anew")
+    model = catalogue.build(study)
+    parameters.from_safetensors(model, model_file)
+    plan = make_plan(study, parameters.count(model))
+    site.config.policy.admit(study)
+    _check_claims(study, plan, roster, position)
+    unconfirmed = _unconfirmed(site, study, roster, position, peer_paths)
+    records = site.read_records(study)
+    held_out = site.holdout(records.patients)
+    training = len({patient for patient, out in zip(records.patients, held_out, strict=True) if not out})
+    if training < MINIMUM_PATIENTS:
+        raise DataError(310, f"fewer than {MINIMUM_PATIENTS} patients to train on", "check the data file and holdout")
+    total = len(set(records.patients))
+    return Review(study, roster, position, plan, model_file, records, unconfirmed, total - training, training)
+
+
+def _checked_roster(site: Site, study: Study, path: Path) -> Roster:
+    roster = load_roster(site.seams.files, path)
+    if roster.hash().hex() != study.cohort.roster_sha256:
+        raise PrivacyError(124, f"{path.name} is not the study's roster", "ask the coordinator for its files anew")
+    if len(roster.hospitals) != study.cohort.hospitals:
+        raise PrivacyError(124, "study and roster differ in the number of hospitals", "ask for a corrected study")
+    return roster
+
+
+def _own_position(site: Site, roster: Roster) -> int:
+    """This hospital's place in the roster; its entry must be the document it signed."""
+    own = load_enrolment(site.seams.files, site.enrolment_path)
+    position = roster.position_of(own.public)
+    if roster.hospitals[position] != own:
+        raise PrivacyError(144, "the roster's entry for this hospital is not its own document", "enrol again")
+    return position
+
+
+def _check_claims(study: Study, plan: Plan, roster: Roster, position: int) -> None:
+    if plan.epsilon > study.privacy.epsilon:
+        raise PrivacyError(
+            135, f"the study states epsilon {study.privacy.epsilon:g}, it is {plan.epsilon:.4f}", "ask for a true one"
+        )
+    nominal = roster.hospitals[position].nominal_patients
+    if study.privacy.delta * nominal > 1:
+        raise PrivacyError(131, f"delta {study.privacy.delta:g} exceeds 1 in {nominal} patients", "ask for less")
+
+
+def _unconfirmed(
+    site: Site, study: Study, roster: Roster, position: int, peer_paths: Sequence[Path]
+) -> tuple[Enrolment, ...]:
+    """The peers without a document this hospital received itself: each could be the coordinator's invention."""
+    confirmed = {position}
+    for path in peer_paths:
+        confirmed.add(_confirm(roster, load_enrolment(site.seams.files, path)))
+    missing = [entry for place, entry in enumerate(roster.hospitals) if place not in confirmed]
+    if len(missing) > study.cohort.colluders:
+        names = ", ".join(entry.hospital for entry in missing)
+        raise PrivacyError(
+            147,
+            f"{len(missing)} hospitals are unconfirmed ({names}), the study allows for {study.cohort.colluders} colluders",
+            "get their enrolment documents from them and pass --peers",
+        )
+    return tuple(missing)
+
+
+def _confirm(roster: Roster, document: Enrolment) -> int:
+    for place, entry in enumerate(roster.hospitals):
+        if entry == document:
+            return place
+        if entry.public == document.public or entry.hospital == document.hospital:
+            raise PrivacyError(
+                148, f"the roster's {entry.hospital} is not the hospital you confirmed", "telephone it; do not approve"
+            )
+    raise PrivacyError(148, f"{document.hospital} is confirmed but not in the roster", "ask the coordinator")
+
+
+def approve(site: Site, reviewed: Review, ledger: Ledger) -> ApprovalOutlook:
+    """Pin the study: its files into this hospital's folder, then one ledger row. Raises MF-501 above a cap."""
+    study, files = reviewed.study, site.seams.files
+    folder = site.study_folder(study.hash())
+    approval, patients = _ledger_approval(site, reviewed), snapshot(site, reviewed)
+    ledger.preview(approval, patients, caps_of(site))
+    files.make_folder(folder, private=True)
+    files.write(folder / "study.json", study.canonical_bytes())
+    files.write(folder / ROSTER_NAME, reviewed.roster.to_bytes())
+    files.write(folder / MODEL_NAME, reviewed.model_file)
+    return ledger.approve(approval, patients, caps_of(site))
+
+
+def preview(site: Site, reviewed: Review, ledger: Ledger) -> ApprovalOutlook:
+    """What ``approve`` would cost, without writing. Raises MF-501 above a cap."""
+    return ledger.preview(_ledger_approval(site, reviewed), snapshot(site, reviewed), caps_of(site))
+
+
+def snapshot(site: Site, reviewed: Review) -> tuple[bytes, ...]:
+    """Keyed hashes of every patient in the data, held-out ones included: what the account is keyed by."""
+    return tuple(sorted(set(site.keyed_hashes(reviewed.records.patients))))
+
+
+def _ledger_approval(site: Site, reviewed: Review) -> Approval:
+    study = reviewed.study
+    return Approval(
+        study=study.hash(),
+        name=study.study.name,
+        roster=reviewed.roster.hash(),
+        first_model=bytes.fromhex(study.model.first_model_sha256),
+        mechanism=reviewed.plan.mechanism,
+        attempts=reviewed.plan.attempts,
+        delta=study.privacy.delta,
+        nominal_patients=reviewed.roster.hospitals[reviewed.position].nominal_patients,
+        unconfirmed=tuple(entry.public for entry in reviewed.unconfirmed),
+        approved_wall_s=site.seams.clock.wall(),
+    )
+
+
+def load_approved(site: Site, study_hash: bytes, ledger: Ledger) -> Approved:
+    """What was approved under ``study_hash``, every pin checked again, with today's data.
+
+    Raises: MF-124 if a file changed, MF-340 if there are patients that were not in the approval's snapshot.
+    """
+    files, folder = site.seams.files, site.study_folder(study_hash)
+    study = _read_study(files.read(folder / "study.json"), study_hash)
+    roster = _checked_roster(site, study, folder / ROSTER_NAME)
+    model_file = files.read(folder / MODEL_NAME)
+    if parameters.file_hash(model_file) != study.model.first_model_sha256:
+        raise PrivacyError(124, "the approved first model was changed on disk", "approve the study again")
+    model = catalogue.build(study)
+    first = first_state(parameters.from_safetensors(model, model_file))
+    records = site.read_records(study)
+    if not ledger.patients(study_hash).issuperset(site.keyed_hashes(records.patients)):
+        raise PrivacyError(340, "there are patients that were not in the data when it was approved", "restore the data")
+    held_out = site.holdout(records.patients)
+    return Approved(
+        study=study,
+        roster=roster,
+        position=_own_position(site, roster),
+        plan=make_plan(study, parameters.count(model)),
+        model=model,
+        first=first,
+        patients=number_patients(study, records.subset(~held_out)),
+        holdout=records.subset(held_out),
+        folder=folder,
+    )
+
+
+def _read_study(data: bytes, study_hash: bytes) -> Study:
+    try:
+        study = Study.model_validate_json(data)
+    except ValueError as error:
+        raise ConfigError(124, "the approved study was changed on disk", "approve it again") from error
+    if study.hash() != study_hash:
+        raise PrivacyError(124, "the approved study was changed on disk", "approve it again")
+    return study
+
+
+def own_enrolment(site: Site, identity: Identity) -> Enrolment:
+    """This hospital's public document; MF-144 if it is another identity's."""
+    document = load_enrolment(site.seams.files, site.enrolment_path)
+    if document.public != identity.public:
+        raise PrivacyError(144, "enrolment.json is not of this identity", "make it anew with medfed-client enrolment")
+    return document

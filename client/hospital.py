@@ -1,0 +1,62 @@
+"""A hospital as one function: request frame -> reply frame. Knows studies, keys and the ledger, nothing of networks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from medfed.client.participation import Participation, Refuse
+
+from medfed.advance import state_size_bytes
+from medfed.errors import RemoteProtocolError
+from medfed.identity import Identity
+from medfed.wire import (
+    FROM_COORDINATOR,
+    NO_POSITION,
+    Finish,
+    Message,
+    Refusal,
+    Refused,
+    SetupRequest,
+    check_signature,
+    decode,
+    encode,
+)
+
+log = logging.getLogger("medfed.client")
+
+
+class Hospital:
+    """Answers every request with a frame that ``medfed/wire.py`` lists, or raises ``RemoteProtocolError``.
+
+    Guarantee: a request that is not signed by the coordinator of an approved study's pinned roster changes nothing.
+    """
+
+    def __init__(self, identity: Identity, participations: Iterable[Participation]) -> None:
+        self._identity = identity
+        self._studies = {part.study_hash: part for part in participations}
+        words = max((part.approved.plan.words for part in self._studies.values()), default=0)
+        self._vector_limit = state_size_bytes(words)
+
+    def handle(self, frame: bytes) -> bytes:
+        """Check and answer one request."""
+        message = decode(frame, vector_limit_bytes=self._vector_limit)
+        if not isinstance(message, FROM_COORDINATOR):
+            raise RemoteProtocolError(104, "a request of a kind that hospitals do not take", "refused")
+        part = self._studies.get(message.study_hash)
+        if part is None:
+            log.warning("MF-123 asked for a study that is not approved here: run medfed-client approve")
+            return self._refusal(message, Refused.NOT_APPROVED, NO_POSITION)
+        check_signature(frame, bytes.fromhex(part.approved.roster.coordinator))
+        if part.is_expired and not isinstance(message, Finish):
+            log.warning("MF-120 study %s expired", part.approved.study.study.name)
+            return self._refusal(message, Refused.NOT_APPROVED, part.approved.position)
+        try:
+            return part.answer(message)
+        except Refuse as refusal:
+            log.info("refused %s: %s (%s)", type(message).__name__, refusal.reason.name, refusal.cause)
+            return self._refusal(message, refusal.reason, part.approved.position)
+
+    def _refusal(self, message: Message, reason: Refused, position: int) -> bytes:
+        nonce = message.session if isinstance(message, SetupRequest) else getattr(message, "nonce", bytes(16))
+        return encode(Refusal(message.study_hash, nonce, position, int(reason)), self._identity)

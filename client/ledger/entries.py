@@ -1,0 +1,225 @@
+"""The rows of the ledger: what each kind says, its canonical bytes, its place in the hash chain.
+
+A row's hash covers everything in the row and the hash of the row before; the hospital's identity signs every row, so
+that the last one, the head, vouches for all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from enum import Enum
+from typing import Annotated, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from medfed.errors import PrivacyError
+from medfed.identity import Identity, verify
+from medfed.wire import enc
+
+FORMAT = 1
+HASH_BYTES = 32
+NO_HASH = bytes(HASH_BYTES)
+
+
+class Kind(Enum):
+    """What a row records."""
+
+    BEGUN = "BEGUN"
+    APPROVED = "APPROVED"
+    RESERVED = "RESERVED"
+    SEALED = "SEALED"
+    RELEASED = "RELEASED"
+    ACKED = "ACKED"
+    ABANDONED = "ABANDONED"
+    CLOSED = "CLOSED"
+    WITHDRAWN = "WITHDRAWN"
+
+
+class AttemptState(Enum):
+    """How far an attempt came. Every one of them is charged."""
+
+    RESERVED = "RESERVED"
+    SEALED = "SEALED"
+    RELEASED = "RELEASED"
+    ACKED = "ACKED"
+    ABANDONED = "ABANDONED"
+
+
+# the legal moves of an attempt; None: not heard of
+MOVES: dict[AttemptState | None, frozenset[AttemptState]] = {
+    None: frozenset({AttemptState.RESERVED}),
+    AttemptState.RESERVED: frozenset({AttemptState.SEALED, AttemptState.ABANDONED}),
+    AttemptState.SEALED: frozenset({AttemptState.RELEASED, AttemptState.ABANDONED}),
+    AttemptState.RELEASED: frozenset({AttemptState.ACKED, AttemptState.ABANDONED}),
+    AttemptState.ACKED: frozenset(),
+    AttemptState.ABANDONED: frozenset(),
+}
+
+Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Micro = Annotated[int, Field(ge=0)]
+
+
+class Body(BaseModel):
+    """Strict: what a row says beside its kind, study and attempt."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class BegunBody(Body):
+    """The first row: whose ledger this is."""
+
+    format: Annotated[int, Field(ge=1)]
+    identity: Hex
+
+
+class CapsBody(Body):
+    """The hospital's caps in force."""
+
+    max_epsilon_study: Annotated[float, Field(gt=0)]
+    max_epsilon_lifetime: Annotated[float, Field(gt=0)]
+    lifetime_delta: Annotated[float, Field(gt=0, lt=1)]
+
+
+class ApprovedBody(Body):
+    """A study with its fixed list of events, and the patients whose account it draws on.
+
+    ``snapshot`` is the digest of the keyed patient hashes kept in the side table; ``shares_patients_with`` lists the
+    earlier approvals (row numbers) that have at least one patient in common with this one.
+    """
+
+    name: str
+    roster: Hex
+    first_model: Hex
+    mechanism: str
+    attempts: Annotated[int, Field(ge=1)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    nominal_patients: Annotated[int, Field(ge=1)]
+    unconfirmed: list[Hex]
+    approved_wall_s: float
+    patients: Annotated[int, Field(ge=1)]
+    snapshot: Hex
+    shares_patients_with: list[int]
+    caps: CapsBody
+    study_micro: Micro
+    lifetime_before_micro: Micro
+    lifetime_after_micro: Micro
+
+
+class ReservedBody(Body):
+    """One event, charged. Micro-epsilon, rounded up, of the study (its delta) and of the account (lifetime delta)."""
+
+    round: Annotated[int, Field(ge=1)]
+    wall_s: float
+    mechanism: str
+    caps: CapsBody
+    study_before_micro: Micro
+    study_after_micro: Micro
+    lifetime_before_micro: Micro
+    lifetime_after_micro: Micro
+
+
+class SealedBody(Body):
+    """The one vector of this attempt, the pad that covers it, and the bytes that will leave."""
+
+    vector: Hex
+    pad: Hex
+    reply: Hex
+
+
+class ReasonBody(Body):
+    """Why an attempt or a study ended."""
+
+    reason: Annotated[str, Field(max_length=200)]
+
+
+class EmptyBody(Body):
+    """Nothing more to say."""
+
+
+BODIES: dict[Kind, type[Body]] = {
+    Kind.BEGUN: BegunBody,
+    Kind.APPROVED: ApprovedBody,
+    Kind.RESERVED: ReservedBody,
+    Kind.SEALED: SealedBody,
+    Kind.RELEASED: EmptyBody,
+    Kind.ACKED: EmptyBody,
+    Kind.ABANDONED: ReasonBody,
+    Kind.CLOSED: ReasonBody,
+    Kind.WITHDRAWN: ReasonBody,
+}
+
+BodyType = TypeVar("BodyType", bound=Body)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The last row's number and hash under the hospital's signature: what a witness keeps to notice a rollback."""
+
+    seq: int
+    hash: bytes
+    signature: bytes
+
+    def check(self, public: bytes) -> None:
+        """Raise ``RemoteProtocolError`` (MF-110) unless the holder of ``public`` signed this head."""
+        verify(public, self.signature, _signed_bytes(self.seq, self.hash))
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One row. ``study`` is all zero and ``attempt`` 0 where a row concerns none."""
+
+    seq: int
+    kind: Kind
+    study: bytes
+    attempt: int
+    body: str
+    previous: bytes
+    hash: bytes
+    signature: bytes
+
+    def read(self, model: type[BodyType]) -> BodyType:
+        """The body as ``model``; ``PrivacyError`` (MF-403) if it is none."""
+        try:
+            return model.model_validate_json(self.body, strict=True)
+        except ValidationError as error:
+            raise altered(self.seq) from error
+
+    @property
+    def head(self) -> Head:
+        return Head(self.seq, self.hash, self.signature)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A row about to be appended."""
+
+    kind: Kind
+    study: bytes
+    attempt: int
+    body: Body
+
+
+def make_entry(draft: Draft, previous: Head | None, identity: Identity) -> Entry:
+    """Chain and sign the row that follows ``previous`` (None: the first)."""
+    seq, before = (previous.seq + 1, previous.hash) if previous else (1, NO_HASH)
+    body = json.dumps(draft.body.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    digest = row_hash(seq, draft.kind.value, draft.study, draft.attempt, body, before)
+    return Entry(
+        seq, draft.kind, draft.study, draft.attempt, body, before, digest, identity.sign(_signed_bytes(seq, digest))
+    )
+
+
+def row_hash(seq: int, kind: str, study: bytes, attempt: int, body: str, previous: bytes) -> bytes:
+    """SHA-256 over the unambiguous encoding of a row's contents."""
+    parts = (seq.to_bytes(8, "big"), kind.encode(), study, attempt.to_bytes(8, "big"), body.encode(), previous)
+    return hashlib.sha256(enc(b"medfed/ledger/row/v1", *parts)).digest()
+
+
+def _signed_bytes(seq: int, digest: bytes) -> bytes:
+    return enc(b"medfed/ledger/head/v1", seq.to_bytes(8, "big"), digest)
+
+
+def altered(seq: int) -> PrivacyError:
+    return PrivacyError(403, f"ledger row {seq} was altered", "stop, keep the file, restore the latest backup")

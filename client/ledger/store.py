@@ -1,0 +1,336 @@
+"""The ledger's file: SQLite, append-only, synced at every commit, chained, one writer.
+
+What makes it hold: a write-ahead log with ``synchronous=FULL`` (read back at every open), triggers that refuse UPDATE
+and DELETE, UNIQUE over what may happen once, a hash chain checked at every open, and a lock file for one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NoReturn
+
+from medfed.client.ledger.accounts import snapshot_digest
+from medfed.client.ledger.entries import (
+    BODIES,
+    FORMAT,
+    MOVES,
+    NO_HASH,
+    ApprovedBody,
+    AttemptState,
+    BegunBody,
+    Draft,
+    Entry,
+    Head,
+    Kind,
+    SealedBody,
+    altered,
+    make_entry,
+    row_hash,
+)
+
+from medfed.errors import EnvironmentFault, LocalProtocolError, MedfedError, PrivacyError
+from medfed.identity import Identity
+
+_SCHEMA = (
+    """CREATE TABLE entries (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        kind TEXT NOT NULL,
+        study BLOB NOT NULL,
+        attempt INTEGER NOT NULL,
+        body TEXT NOT NULL,
+        previous BLOB NOT NULL UNIQUE,
+        hash BLOB NOT NULL UNIQUE,
+        signature BLOB NOT NULL,
+        pad BLOB UNIQUE,
+        UNIQUE (study, attempt, kind)
+    ) STRICT""",
+    "CREATE TABLE patients (patient BLOB NOT NULL, approval INTEGER NOT NULL, PRIMARY KEY (patient, approval)) STRICT",
+    "CREATE INDEX patients_by_approval ON patients (approval)",
+    *(
+        f"CREATE TRIGGER {table}_{verb.lower()} BEFORE {verb} ON {table} "
+        f"BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"
+        for table in ("entries", "patients")
+        for verb in ("UPDATE", "DELETE")
+    ),
+)
+_COLUMNS = "seq, kind, study, attempt, body, previous, hash, signature"
+_CHUNK = 500
+
+
+class Store:
+    """One open ledger file. Every method raises ``MedfedError``; after a failed commit nothing more is accepted."""
+
+    def __init__(self, connection: sqlite3.Connection, identity: Identity) -> None:
+        self._connection = connection
+        self._identity = identity
+        self._turn = threading.RLock()
+        self._failed = False
+
+    @classmethod
+    def attach(cls, connection: sqlite3.Connection, identity: Identity) -> Store:
+        """Ask for the durable modes and read them back: ``EnvironmentFault`` (MF-601) where the volume has them not."""
+        store = cls(connection, identity)
+        with _named_faults():
+            journal = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA fullfsync = ON")
+            synchronous = connection.execute("PRAGMA synchronous").fetchone()[0]
+        if journal != "wal" or synchronous != 2:
+            raise EnvironmentFault(
+                601,
+                f"this volume gives no durable ledger (journal {journal}, synchronous {synchronous})",
+                "put the hospital's state on a local disk",
+            )
+        return store
+
+    @classmethod
+    def attach_reader(cls, connection: sqlite3.Connection, identity: Identity) -> Store:
+        """For looking only: SQLite itself refuses every write."""
+        with _named_faults():
+            connection.execute("PRAGMA query_only = ON")
+        return cls(connection, identity)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    # ------------------------------------------------------------------------------------------------------- writing
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the file holds no ledger at all, as after a crash before the first commit."""
+        with _named_faults():
+            count: int = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        return count == 0
+
+    def begin(self) -> None:
+        """Write the schema and the first row in one commit."""
+        with self.transaction():
+            for statement in _SCHEMA:
+                self._connection.execute(statement)
+            body = BegunBody(format=FORMAT, identity=self._identity.public.hex())
+            self.append(Draft(Kind.BEGUN, NO_HASH, 0, body))
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Check and write as one: all of it is on disk at the end of the block, or none.
+
+        A commit that failed may or may not have reached the disk. The file knows; this process no longer does, so it
+        refuses to go on until the ledger is opened (and read) anew.
+        """
+        with self._turn:
+            if self._failed:
+                raise EnvironmentFault(608, "the ledger could not be written before", "check the volume, start again")
+            with _named_faults():
+                self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                with _named_faults():
+                    yield
+            except BaseException:
+                self._roll_back()
+                raise
+            try:
+                with _named_faults():
+                    self._connection.execute("COMMIT")
+            except BaseException:
+                self._failed = True
+                self._roll_back()
+                raise
+
+    def _roll_back(self) -> None:
+        try:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+        except sqlite3.Error:
+            self._failed = True
+
+    def append(self, draft: Draft) -> Entry:
+        """Chain, sign and insert one row; only inside ``transaction``."""
+        if not self._connection.in_transaction:
+            raise LocalProtocolError(900, "ledger row outside a transaction", "report this as a fault of medfed")
+        last = self.last()
+        entry = make_entry(draft, last.head if last else None, self._identity)
+        pad = bytes.fromhex(draft.body.pad) if isinstance(draft.body, SealedBody) else None
+        self._connection.execute(
+            f"INSERT INTO entries ({_COLUMNS}, pad) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608 constant names
+            (
+                entry.seq,
+                entry.kind.value,
+                entry.study,
+                entry.attempt,
+                entry.body,
+                entry.previous,
+                entry.hash,
+                entry.signature,
+                pad,
+            ),
+        )
+        return entry
+
+    def add_patients(self, approval: int, patients: Iterable[bytes]) -> None:
+        """Keep the keyed hashes of one approval's patients; only inside the transaction of the approval."""
+        rows = ((patient, approval) for patient in sorted(patients))
+        self._connection.executemany("INSERT INTO patients (patient, approval) VALUES (?, ?)", rows)
+
+    # ------------------------------------------------------------------------------------------------------- reading
+
+    def last(self) -> Entry | None:
+        """The row that was appended last."""
+        found = self.select("ORDER BY seq DESC LIMIT 1")
+        return found[0] if found else None
+
+    def select(self, condition: str = "ORDER BY seq", values: Sequence[int | bytes | str] = ()) -> list[Entry]:
+        """Rows that meet an SQL ``condition`` written in this room."""
+        with self._turn, _named_faults():
+            rows = self._connection.execute(f"SELECT {_COLUMNS} FROM entries {condition}", values).fetchall()  # noqa: S608
+        return [_entry(row) for row in rows]
+
+    def patients_of(self, approval: int) -> frozenset[bytes]:
+        """Keyed hashes of one approval's patients."""
+        with self._turn, _named_faults():
+            rows = self._connection.execute("SELECT patient FROM patients WHERE approval = ?", (approval,)).fetchall()
+        return frozenset(row[0] for row in rows)
+
+    def approvals_touching(self, patients: Iterable[bytes]) -> frozenset[int]:
+        """Rows of every approval that has one of ``patients``."""
+        wanted, found = sorted(patients), set[int]()
+        with self._turn, _named_faults():
+            for start in range(0, len(wanted), _CHUNK):
+                chunk = wanted[start : start + _CHUNK]
+                marks = ",".join("?" * len(chunk))
+                query = f"SELECT DISTINCT approval FROM patients WHERE patient IN ({marks})"  # noqa: S608 only marks
+                found.update(row[0] for row in self._connection.execute(query, chunk))
+        return frozenset(found)
+
+    # ------------------------------------------------------------------------------------------------------ checking
+
+    def check(self, every_signature: bool = False) -> Head:
+        """Walk the whole chain and return its head.
+
+        The head's signature covers the chain; ``every_signature`` also checks each row's own.
+        Raises ``PrivacyError``: 402 truncated or not a database, 403 a row altered, 404 the chain broken or another
+        hospital's, 406 written by a newer version.
+        """
+        entries = self.select()
+        if not entries:
+            raise _damage(402, "ledger is empty")
+        _check_chain(entries, self._highest_ever())
+        self._check_owner(entries[0])
+        for entry in entries if every_signature else entries[-1:]:
+            try:
+                entry.head.check(self._identity.public)
+            except MedfedError as error:
+                raise altered(entry.seq) from error
+        _check_moves(entries)
+        self._check_patients(entries)
+        return entries[-1].head
+
+    def _highest_ever(self) -> int:
+        """SQLite's own counter of rows ever inserted, which a deleted tail leaves behind."""
+        with _named_faults():
+            row = self._connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'entries'").fetchone()
+        return int(row[0]) if row else 0
+
+    def _check_owner(self, first: Entry) -> None:
+        if first.kind is not Kind.BEGUN:
+            raise altered(first.seq)
+        begun = first.read(BegunBody)
+        if begun.format > FORMAT:
+            raise PrivacyError(406, f"ledger has format {begun.format}, this medfed knows {FORMAT}", "upgrade medfed")
+        if begun.identity != self._identity.public.hex():
+            raise _damage(404, "ledger belongs to another identity")
+
+    def _check_patients(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
+            if entry.kind is Kind.APPROVED:
+                body = entry.read(ApprovedBody)
+                patients = self.patients_of(entry.seq)
+                if len(patients) != body.patients or snapshot_digest(patients).hex() != body.snapshot:
+                    raise altered(entry.seq)
+
+
+def _entry(row: tuple[object, ...]) -> Entry:
+    seq, kind, study, attempt, body, previous, digest, signature = row
+    if not (
+        isinstance(seq, int)
+        and isinstance(study, bytes)
+        and isinstance(attempt, int)
+        and isinstance(body, str)
+        and isinstance(previous, bytes)
+        and isinstance(digest, bytes)
+        and isinstance(signature, bytes)
+    ):
+        raise _damage(402, "ledger rows have other types")
+    try:
+        return Entry(seq, Kind(kind), study, attempt, body, previous, digest, signature)
+    except ValueError as error:
+        raise altered(seq) from error
+
+
+def _check_chain(entries: Sequence[Entry], highest_ever: int) -> None:
+    previous = NO_HASH
+    for number, entry in enumerate(entries, start=1):
+        if entry.seq != number or entry.previous != previous:
+            raise _damage(404, f"ledger chain is broken at row {number}")
+        if entry.hash != row_hash(
+            entry.seq, entry.kind.value, entry.study, entry.attempt, entry.body, entry.previous
+        ) or not isinstance(entry.read(BODIES[entry.kind]), BODIES[entry.kind]):
+            raise altered(number)
+        previous = entry.hash
+    if highest_ever != len(entries):
+        raise _damage(402, f"ledger is truncated: {highest_ever} rows were written, {len(entries)} are there")
+
+
+def _check_moves(entries: Iterable[Entry]) -> None:
+    """Every attempt only ever made legal moves, each in an approved study, each attempt number above the last."""
+    states: dict[tuple[bytes, int], AttemptState] = {}
+    highest: dict[bytes, int] = {}
+    for entry in entries:
+        if entry.kind is Kind.APPROVED:
+            highest[entry.study] = 0
+        if entry.attempt == 0:
+            continue
+        key, move = (entry.study, entry.attempt), AttemptState(entry.kind.value)
+        if move not in MOVES[states.get(key)] or entry.study not in highest:
+            raise altered(entry.seq)
+        if move is AttemptState.RESERVED:
+            if entry.attempt <= highest[entry.study]:
+                raise altered(entry.seq)
+            highest[entry.study] = entry.attempt
+        states[key] = move
+
+
+def _damage(code: int, what: str) -> PrivacyError:
+    return PrivacyError(code, what, "stop, keep the file, restore the latest backup")
+
+
+_SQLITE_FAULTS = {
+    sqlite3.SQLITE_FULL: (603, "the disk is full", "free some space"),
+    sqlite3.SQLITE_READONLY: (602, "the volume is read-only", "remount it"),
+    sqlite3.SQLITE_PERM: (607, "no permission for the ledger", "check owner and mode"),
+    sqlite3.SQLITE_CANTOPEN: (607, "the ledger could not be opened", "check owner and mode of its folder"),
+}
+
+
+@contextlib.contextmanager
+def _named_faults() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        _translate(error)
+
+
+def _translate(error: sqlite3.Error) -> NoReturn:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_BUSY:
+        raise MedfedError(620, "another process writes to the ledger", "stop it: one process an identity") from error
+    if code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}:
+        raise _damage(402, "ledger file is damaged or truncated") from error
+    if code == sqlite3.SQLITE_CONSTRAINT:
+        raise LocalProtocolError(181, "this attempt or pad was used before", "a new attempt needs new noise") from error
+    if isinstance(error, sqlite3.DatabaseError) and "no such table" in str(error):
+        raise _damage(402, "ledger file is incomplete") from error
+    fault = _SQLITE_FAULTS.get(code, (608, "the ledger could not be read or written", "check the volume"))
+    raise EnvironmentFault(*fault) from error

@@ -1,0 +1,170 @@
+"""Clipped per-patient gradient sums through Opacus's per-record gradients, for hospitals.
+
+The exact and slow engine: it takes any model whose layers keep records apart, and is the oracle for faster ones.
+What it bounds is the L2 norm of one patient's share of the sum; the noise that hides it is added later, on integers.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from medfed.errors import LocalProtocolError, UnsupportedModel
+
+# clipping to slightly less than C leaves room for the float error of the forward and backward pass, which may differ
+# in the last places when one record more or less changes the shape of a batch
+CLIPPING_MARGIN = 1e-4
+_AGREEMENT = 1e-2
+
+Losses = Callable[[Tensor, Tensor], Tensor]
+
+
+def clipped_sum(
+    model: nn.Module,
+    losses: Losses,
+    inputs: Tensor,
+    labels: Tensor,
+    patients: NDArray[np.int64],
+    patient_count: int,
+    clipping_norm: float,
+    max_batch: int = 1024,
+) -> NDArray[np.float64]:
+    """The sum over patients of each one's mean gradient, clipped to C / (1 + 1e-4): float64[d].
+
+    ``inputs``: [B, ...], ``labels``: [B, ...], record by record; ``patients``: int64[B], whose record it is (0 to
+    ``patient_count`` - 1). ``losses(logits, labels)`` gives one loss a record, float[B], and must not let records see
+    each other. ``d`` runs over ``model.named_parameters()`` that require gradients, flattened, in that order.
+    ``max_batch``: records processed at once; a patient is never split, so one with more of them is a batch of its own.
+
+    *Guarantees* One patient in or out moves the result by at most C in L2 norm, however many records; a patient with
+    a non-finite gradient contributes zero; no patients give zeros; ``model`` is left as it was.
+    Raises ``UnsupportedModel`` (MF-160) for layers or losses that couple records, ``LocalProtocolError`` (MF-180)
+    for arguments that do not fit together.
+    """
+    _check_arguments(inputs, labels, patients, patient_count, clipping_norm)
+    refuse_unsupported(model)
+    total = np.zeros(sum(weight.numel() for weight in model.parameters() if weight.requires_grad))
+    if len(patients) == 0:
+        return total
+    order = np.argsort(patients, kind="stable")
+    with _Recorder(model) as recorder:
+        for chosen in _whole_patients(patients[order], max_batch):
+            rows = torch.from_numpy(order[chosen]).to(inputs.device)
+            gradients = recorder.gradients(losses, inputs[rows], labels[rows.to(labels.device)])
+            total += _clip_and_sum(gradients, patients[order[chosen]], clipping_norm / (1 + CLIPPING_MARGIN))
+    return total
+
+
+def refuse_unsupported(model: nn.Module) -> None:
+    """Raise ``UnsupportedModel`` (MF-160) naming the layer that would mix patients; also for use at study checks."""
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+            if module.track_running_stats:
+                raise UnsupportedModel(160, f"{name}: {kind} keeps statistics of patients", "switch them off")
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise UnsupportedModel(160, f"{name}: {kind} mixes patients", f"use {_replacement(module)}")
+    seen: dict[int, str] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        first = seen.setdefault(id(weight), name)
+        if first != name:
+            raise UnsupportedModel(160, f"{name} is the same parameter as {first}", "give each layer its own")
+
+
+def _replacement(module: nn.modules.batchnorm._BatchNorm) -> str:
+    channels = module.num_features
+    if isinstance(module, nn.BatchNorm1d):
+        return f"LayerNorm({channels})"
+    return f"GroupNorm({math.gcd(32, channels)}, {channels})"
+
+
+def _check_arguments(
+    inputs: Tensor, labels: Tensor, patients: NDArray[np.int64], patient_count: int, clipping_norm: float
+) -> None:
+    if not len(inputs) == len(labels) == len(patients):
+        what = f"{len(inputs)} inputs, {len(labels)} labels, {len(patients)} owners of records"
+        raise LocalProtocolError(180, what, "give one of each a record")
+    if len(patients) and not 0 <= int(patients.min()) <= int(patients.max()) < patient_count:
+        raise LocalProtocolError(180, "a record of a patient outside the index", "number patients from 0")
+    if not 0.0 < clipping_norm < math.inf:
+        raise LocalProtocolError(180, f"clipping norm {clipping_norm}", "use a positive number")
+
+
+def _whole_patients(owners: NDArray[np.int64], max_batch: int) -> Iterator[slice]:
+    """Cut records that are sorted by patient into slices of at most ``max_batch``, never inside a patient."""
+    ends = [*(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(owners)]
+    start = previous = 0
+    for end in ends:
+        if end - start > max_batch and previous > start:
+            yield slice(start, previous)
+            start = previous
+        previous = end
+    yield slice(start, len(owners))
+
+
+class _Recorder:
+    """A private copy of the model under Opacus's hooks; the caller's model sees neither hooks nor gradients."""
+
+    def __init__(self, model: nn.Module) -> None:
+        from opacus.grad_sample import GradSampleModule
+
+        # hooks record in training mode only
+        self._model = copy.deepcopy(model).train()
+        self._wrapped = GradSampleModule(self._model, batch_first=True, loss_reduction="sum", strict=False)
+        self._weights = [(name, weight) for name, weight in self._model.named_parameters() if weight.requires_grad]
+        self._constants = {name: value.clone() for name, value in self._model.named_buffers()}
+
+    def __enter__(self) -> _Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._wrapped.remove_hooks()
+
+    def gradients(self, losses: Losses, inputs: Tensor, labels: Tensor) -> list[Tensor]:
+        """Per-record gradients of each weight: a list of float[B, size of the weight]."""
+        for _, weight in self._weights:
+            weight.grad = weight.grad_sample = None  # type: ignore[attr-defined]
+        loss = losses(self._wrapped(inputs), labels)
+        if loss.shape != (len(inputs),):
+            what = f"the loss has shape {tuple(loss.shape)} for {len(inputs)} records"
+            raise UnsupportedModel(160, what, "return one loss a record")
+        loss.sum().backward()  # type: ignore[no-untyped-call]
+        for name, value in self._model.named_buffers():
+            if not torch.equal(value, self._constants[name]):
+                raise UnsupportedModel(160, f"buffer {name} changes with the records", "use a layer without statistics")
+        return [self._of_records(name, weight, len(inputs)) for name, weight in self._weights]
+
+    def _of_records(self, name: str, weight: nn.Parameter, records: int) -> Tensor:
+        sample: Tensor | None = getattr(weight, "grad_sample", None)
+        if weight.grad is None:
+            return torch.zeros(records, weight.numel(), dtype=weight.dtype, device=weight.device)
+        if not isinstance(sample, Tensor) or len(sample) != records:
+            raise UnsupportedModel(160, f"no gradient by record for {name}", "use the parameter in its own layer only")
+        flat = sample.reshape(records, -1)
+        # a use of the weight that the hooks did not see is in .grad but not in the samples: it would escape clipping
+        difference = (flat.sum(0) - weight.grad.flatten()).abs()
+        if bool((difference > _AGREEMENT * flat.abs().sum(0) + torch.finfo(flat.dtype).tiny).any()):
+            raise UnsupportedModel(160, f"{name} mixes records or is used outside its layer", "use a plain layer")
+        return flat
+
+
+def _clip_and_sum(gradients: list[Tensor], owners: NDArray[np.int64], bound: float) -> NDArray[np.float64]:
+    """Mean by patient, one flat norm over all weights, clip to ``bound``, sum; all in float64 on the CPU."""
+    _, index, counts = np.unique(owners, return_inverse=True, return_counts=True)
+    records = torch.cat([gradient.to("cpu", torch.float64) for gradient in gradients], dim=1)
+    means = torch.zeros(len(counts), records.shape[1], dtype=torch.float64)
+    means.index_add_(0, torch.from_numpy(index), records)
+    means /= torch.from_numpy(counts).to(torch.float64)[:, None]
+    norms = torch.linalg.vector_norm(means, dim=1)
+    finite = torch.isfinite(norms)
+    # where, not multiplication: 0 times infinity is not a number
+    means = torch.where(finite[:, None], means, 0.0)
+    factors = torch.where(finite, (bound / norms).clamp(max=1.0), 0.0)
+    clipped: NDArray[np.float64] = (factors @ means).numpy()
+    return clipped

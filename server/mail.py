@@ -1,0 +1,121 @@
+"""One request to every hospital until each has answered: repeats, faults, false signatures and the deadline."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from medfed.server.exchange import Exchange, Kind
+
+from medfed.errors import EnvironmentFault, MedfedError, RemoteProtocolError
+from medfed.seams import Clock
+from medfed.wire import (
+    NO_POSITION,
+    Finished,
+    Message,
+    OfferReply,
+    Refusal,
+    StateAccepted,
+    Upload,
+    check_signature,
+    decode,
+)
+
+log = logging.getLogger("medfed.server")
+
+POLL_S = 0.02
+RESEND_S = 15.0  # a message in a killed hospital's hands is lost; hospitals answer repeats with identical bytes
+RETRY_S = 2.0  # after a fault, or while a hospital has not approved yet
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """What a reply must bear: the study, and the signature of the hospital it is said to come from."""
+
+    study_hash: bytes
+    identities: tuple[bytes, ...]
+    vector_limit_bytes: int
+
+    def open(self, position: int, frame: bytes) -> Message:
+        """The checked reply of the hospital at ``position``. Raises ``RemoteProtocolError``."""
+        message = decode(frame, vector_limit_bytes=self.vector_limit_bytes)
+        if not isinstance(message, OfferReply | Upload | StateAccepted | Finished | Refusal):
+            raise RemoteProtocolError(104, "a reply of a kind that hospitals do not send", "refused")
+        if message.study_hash != self.study_hash:
+            raise RemoteProtocolError(112, "a reply about another study", "refused")
+        check_signature(frame, self.identities[position])
+        if message.position not in (position, NO_POSITION):
+            raise RemoteProtocolError(111, "a reply in another hospital's name", "refused")
+        return message
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """The request: the same bytes for every hospital and every repeat."""
+
+    frame: bytes
+    kind: Kind
+    timeout_s: float
+
+
+class Mail:
+    """Sends ``outgoing`` to whoever is waited for, and repeats it until they answer or the deadline passes."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        clock: Clock,
+        envelope: Envelope,
+        outgoing: Outgoing,
+        name: Callable[[int], str],
+    ) -> None:
+        self._exchange = exchange
+        self._clock = clock
+        self._envelope = envelope
+        self._outgoing = outgoing
+        self._name = name
+        self._end = clock.monotonic() + outgoing.timeout_s
+        self._due: dict[int, float] = {}
+
+    def again(self, position: int, after_s: float) -> None:
+        """Send once more, soon."""
+        self._due[position] = self._clock.monotonic() + after_s
+
+    def gather(self, waiting: frozenset[int], too_late: str) -> list[tuple[int, Message, int]]:
+        """One turn: send what is due, take what came. Returns (position, checked message, its length in bytes).
+
+        Raises ``EnvironmentFault`` (MF-191) after the deadline.
+        """
+        now = self._clock.monotonic()
+        if now > self._end:
+            raise EnvironmentFault(191, too_late, "see that every hospital runs, then start again")
+        self._send_due(waiting, now)
+        messages = [
+            opened for reply in self._exchange.receive() if (opened := self._read(reply.position, reply.payload))
+        ]
+        if not messages:
+            self._clock.sleep(POLL_S)
+        return messages
+
+    def _send_due(self, waiting: frozenset[int], now: float) -> None:
+        due = {position for position in waiting if self._due.get(position, 0.0) <= now}
+        if not due:
+            return
+        online = self._exchange.online()
+        for position in sorted(due & online):
+            left = min(self._outgoing.timeout_s, self._end - now + 1)
+            self._exchange.send(position, self._outgoing.kind, self._outgoing.frame, left)
+            self._due[position] = now + RESEND_S
+        for position in due - online:
+            self._due[position] = now + 0.25
+
+    def _read(self, position: int, payload: bytes | None) -> tuple[int, Message, int] | None:
+        if payload is None:
+            self.again(position, RETRY_S)
+            return None
+        try:
+            return position, self._envelope.open(position, payload), len(payload)
+        except MedfedError as error:
+            log.error("ALARM: a reply in the name of %s is refused: %s", self._name(position), error)
+            return None

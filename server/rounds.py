@@ -1,0 +1,330 @@
+"""The coordinator's rounds: gather keys, ask, sum, advance, checkpoint; attempts, spares and deadlines.
+
+Nothing here touches a network or Flower: an ``Exchange`` carries frames. One attempt number is one privacy event at every
+hospital, whether it completes a round or is lost; when ``rounds + spare_attempts`` of them are used the run stops and the
+last good model stays.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from medfed.privacy.plan import Plan
+from medfed.privacy.secagg.aggregator import Aggregator
+from medfed.privacy.secagg.protocol import AggregatorConfig
+from medfed.server.exchange import Exchange, Kind
+from medfed.server.mail import RETRY_S, Envelope, Mail, Outgoing
+from medfed.server.store import Checkpoint, RoundRecord, Store
+
+from medfed.advance import ModelState, advance, state_bytes, state_hash, state_size_bytes, task_hash
+from medfed.errors import EnvironmentFault, PrivacyError, ProtocolError, RemoteProtocolError
+from medfed.identity import Identity, verify
+from medfed.roster import Roster
+from medfed.seams import Seams
+from medfed.study import Study
+from medfed.wire import (
+    Finish,
+    Finished,
+    OfferReply,
+    Refusal,
+    Refused,
+    RoundRequest,
+    SetupRequest,
+    StateAccepted,
+    StateTransfer,
+    Upload,
+    decode,
+    encode,
+    state_statement,
+)
+
+log = logging.getLogger("medfed.server")
+
+_FATAL = {
+    Refused.BUDGET: "its budget does not cover the attempt",
+    Refused.STATE_MISMATCH: "it computed another model state",
+    Refused.SIGNATURES: "it refuses the signatures over the model state",
+    Refused.OFFERS_REFUSED: "it refuses the peers' keys",
+}
+
+
+class AttemptLost(Exception):
+    """This attempt cannot complete; its event is spent."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Assignment:
+    """All that one run is about."""
+
+    study: Study
+    roster: Roster
+    plan: Plan
+    first: ModelState
+    identity: Identity
+
+    def advance(self, state: ModelState, total: bytes) -> ModelState:
+        integers = self.plan.read_total(total)
+        nominal = self.roster.nominal_patients
+        return advance(state, integers, self.study, grid_exponent=self.plan.exponent, nominal_patients=nominal)
+
+
+Observer = Callable[[Checkpoint, str], None]  # (checkpoint, what is going on) for progress and status
+
+
+class Rounds:
+    """Runs one study to its end over an exchange, from the last checkpoint on."""
+
+    def __init__(
+        self, assignment: Assignment, exchange: Exchange, store: Store, seams: Seams, observe: Observer
+    ) -> None:
+        self._it = assignment
+        self._study_hash = assignment.study.hash()
+        self._exchange = exchange
+        self._store = store
+        self._clock = seams.clock
+        self._entropy = seams.entropy
+        self._observe = observe
+        self._aggregator: Aggregator | None = None
+        self._session = b""
+        loaded = store.load_checkpoint()
+        self._checkpoint = loaded or Checkpoint(assignment.first, None, b"", (), 0, ())
+
+    def run(self) -> Checkpoint:
+        """All rounds that are left, then the final model. Returns the final checkpoint.
+
+        Raises with the last good model kept: MF-190 attempts used up, MF-191 deadline, MF-192 a hospital refuses,
+        MF-193 hospitals disagree.
+        """
+        frame = self._open_attempt()
+        while self._checkpoint.state.completed_rounds < self._it.study.training.rounds:
+            if frame is None:
+                self._ensure_session()
+                frame = self._new_attempt()
+            try:
+                self._complete(frame)
+            except AttemptLost as lost:
+                log.warning("attempt %d is lost: %s", self._checkpoint.last_attempt, lost)
+                self._aggregator = None
+            self._store.clear_open_attempt()
+            frame = None
+        self._finish()
+        return self._checkpoint
+
+    # --- setup -------------------------------------------------------------------------------------------------------
+
+    def _ensure_session(self) -> None:
+        """All hospitals' fresh key offers; waits for those that are away or have not approved yet."""
+        if self._aggregator is not None:
+            return
+        study = self._it.study
+        self._session = self._entropy.draw("session", 16)
+        aggregator = Aggregator(self._secagg_config())
+        request = encode(SetupRequest(self._study_hash, self._session), self._it.identity)
+        mail = self._mail(request, Kind.QUERY, study.deadlines.setup_s)
+        while not aggregator.offers_complete:
+            waiting = aggregator.missing_offers
+            self._observe(self._checkpoint, f"waiting for {self._names(waiting)}")
+            for position, message, _ in mail.gather(waiting, f"{self._names(waiting)} did not join"):
+                if isinstance(message, OfferReply) and message.session == self._session:
+                    aggregator.add_offer(message.offer)
+                    highest = max(self._checkpoint.last_attempt, message.highest_attempt)
+                    self._checkpoint = replace(self._checkpoint, last_attempt=highest)
+                elif isinstance(message, Refusal):
+                    log.info("%s: %s", self._name(position), Refused(message.reason).name)
+                    mail.again(position, RETRY_S)
+        self._aggregator = aggregator
+
+    def _secagg_config(self) -> AggregatorConfig:
+        it = self._it
+        return AggregatorConfig(
+            config_hash=self._study_hash,
+            roster_hash=it.roster.hash(),
+            identities=it.roster.identities,
+            colluders=it.study.cohort.colluders,
+            words=it.plan.words,
+            ring_bits=it.study.quantization.ring_bits,
+        )
+
+    # --- an attempt --------------------------------------------------------------------------------------------------
+
+    def _open_attempt(self) -> bytes | None:
+        """The attempt that was open when the coordinator died: asked again with the same bytes, it costs nothing."""
+        frame = self._store.load_open_attempt()
+        if frame is None:
+            return None
+        request = decode(frame, vector_limit_bytes=self._limit)
+        state = self._checkpoint.state
+        if not isinstance(request, RoundRequest) or request.round != state.completed_rounds:
+            self._store.clear_open_attempt()
+            return None
+        log.info("resuming attempt %d", request.attempt)
+        self._aggregator = Aggregator.from_offers(self._secagg_config(), request.offers)
+        self._session = request.session
+        self._aggregator.open_round(request.attempt, task_hash(self._study_hash, state))
+        self._checkpoint = replace(self._checkpoint, last_attempt=request.attempt)
+        return frame
+
+    def _new_attempt(self) -> bytes:
+        """Take the next event of the fixed list and write its request down before anybody is asked."""
+        attempt = self._checkpoint.last_attempt + 1
+        if attempt > self._it.study.training.attempts:
+            done = self._checkpoint.state.completed_rounds
+            raise EnvironmentFault(
+                190, f"all attempts are used after round {done}", "use the last good model, or plan a new study"
+            )
+        aggregator, state = self._aggregator, self._checkpoint.state
+        if aggregator is None:
+            raise ProtocolError(900, "no session", "please report this")
+        request = RoundRequest(
+            self._study_hash,
+            self._session,
+            self._entropy.draw("nonce", 16),
+            attempt,
+            state.completed_rounds,
+            state_hash(self._study_hash, state),
+            aggregator.offers(),
+            self._checkpoint.total,
+        )
+        frame = encode(request, self._it.identity)
+        self._store.save_open_attempt(frame)
+        self._checkpoint = replace(self._checkpoint, last_attempt=attempt)
+        aggregator.open_round(attempt, task_hash(self._study_hash, state))
+        return frame
+
+    def _complete(self, frame: bytes) -> None:
+        """Ask everybody, add up, advance, checkpoint. Raises ``AttemptLost``."""
+        request = decode(frame, vector_limit_bytes=self._limit)
+        aggregator = self._aggregator
+        if aggregator is None or not isinstance(request, RoundRequest):
+            raise ProtocolError(900, "no open attempt", "please report this")
+        number = self._checkpoint.state.completed_rounds + 1
+        started = self._clock.monotonic()
+        mail = self._mail(frame, Kind.TRAIN, self._it.study.deadlines.round_s)
+        attestations: dict[int, bytes] = {}
+        size = 0
+        while aggregator.missing:
+            self._observe(self._checkpoint, f"round {number}, attempt {request.attempt}")
+            try:
+                replies = mail.gather(aggregator.missing, "deadline passed")
+            except EnvironmentFault as error:
+                raise AttemptLost(error.what) from error
+            for position, message, reply_bytes in replies:
+                if isinstance(message, Upload) and message.nonce == request.nonce:
+                    self._take_upload(aggregator, position, message, attestations)
+                    size = reply_bytes
+                elif isinstance(message, Refusal) and message.nonce == request.nonce:
+                    self._refused(position, Refused(message.reason))
+                elif isinstance(message, StateAccepted):
+                    mail.again(position, 0.0)
+        self._advance(
+            aggregator, attestations, RoundRecord(number, request.attempt, self._clock.monotonic() - started, size)
+        )
+
+    def _take_upload(
+        self, aggregator: Aggregator, position: int, upload: Upload, attestations: dict[int, bytes]
+    ) -> None:
+        """First valid reply wins; other bytes for the same slot are an alarm and change nothing."""
+        state = self._checkpoint.state
+        statement = state_statement(self._study_hash, state.completed_rounds, state_hash(self._study_hash, state))
+        try:
+            verify(self._it.roster.identities[position], upload.attestation, statement)
+            aggregator.add_upload(upload.payload)
+        except RemoteProtocolError as error:
+            log.error("ALARM: upload of %s refused: %s", self._name(position), error)
+            if error.code != 183:
+                raise AttemptLost(f"{self._name(position)}: upload refused") from error
+            return
+        attestations[position] = upload.attestation
+
+    def _refused(self, position: int, reason: Refused) -> None:
+        name = self._name(position)
+        if reason is Refused.NEED_STATE and self._checkpoint.previous is not None:
+            self._transfer_state(position)
+        elif reason is Refused.NOT_APPROVED:
+            raise PrivacyError(192, f"{name} does not take part any more", "ask it; plan a new study without it")
+        elif reason in _FATAL:
+            raise PrivacyError(192, f"{name} stops the study: {_FATAL[reason]}", "ask it; its own log says more")
+        else:
+            raise AttemptLost(f"{name}: {reason.name}")
+
+    def _transfer_state(self, position: int) -> None:
+        """Bring a hospital back that lost its state: the last state that hospitals signed, then it advances itself."""
+        previous = self._checkpoint.previous
+        if previous is None:
+            raise AttemptLost("there is no signed state to transfer")
+        log.info("transferring the state after round %d to %s", previous.completed_rounds, self._name(position))
+        transfer = StateTransfer(
+            self._study_hash,
+            self._entropy.draw("nonce", 16),
+            previous.completed_rounds,
+            state_bytes(previous),
+            self._checkpoint.attestations,
+        )
+        frame = encode(transfer, self._it.identity)
+        self._exchange.send(position, Kind.QUERY, frame, self._it.study.deadlines.round_s)
+
+    def _advance(self, aggregator: Aggregator, attestations: dict[int, bytes], record: RoundRecord) -> None:
+        total = aggregator.total().tobytes()
+        state = self._checkpoint.state
+        signed = tuple(position.to_bytes(2, "big") + attestations[position] for position in sorted(attestations))
+        self._checkpoint = Checkpoint(
+            self._it.advance(state, total),
+            state,
+            total,
+            signed,
+            record.attempt,
+            (*self._checkpoint.records, record),
+        )
+        self._store.save_checkpoint(self._checkpoint)
+        aggregator.close_round()
+        self._observe(self._checkpoint, f"round {record.round} done")
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """Every hospital computes the final model itself and signs it; all signatures must be over the same state."""
+        state = self._checkpoint.state
+        digest = state_hash(self._study_hash, state)
+        statement = state_statement(self._study_hash, state.completed_rounds, digest)
+        nonce = self._entropy.draw("nonce", 16)
+        finish = Finish(self._study_hash, nonce, state.completed_rounds, digest, self._checkpoint.total)
+        mail = self._mail(encode(finish, self._it.identity), Kind.QUERY, self._it.study.deadlines.round_s)
+        left = set(range(len(self._it.roster.hospitals)))
+        while left:
+            self._observe(self._checkpoint, f"final model: waiting for {self._names(frozenset(left))}")
+            for position, message, _ in mail.gather(frozenset(left), "no signature over the final model from all"):
+                if isinstance(message, Finished) and message.nonce == nonce:
+                    self._check_final(position, message, statement)
+                    left.discard(position)
+                elif isinstance(message, Refusal) and message.nonce == nonce:
+                    if message.reason != Refused.NEED_STATE:
+                        raise RemoteProtocolError(
+                            193, f"{self._name(position)} does not confirm the final model", "its own log says why"
+                        )
+                    self._transfer_state(position)
+                elif isinstance(message, StateAccepted):
+                    mail.again(position, 0.0)
+
+    def _check_final(self, position: int, message: Finished, statement: bytes) -> None:
+        try:
+            verify(self._it.roster.identities[position], message.attestation, statement)
+        except RemoteProtocolError as error:
+            raise RemoteProtocolError(193, f"{self._name(position)} computed another model", "stop and look") from error
+
+    # --- small things ------------------------------------------------------------------------------------------------
+
+    def _mail(self, frame: bytes, kind: Kind, timeout_s: float) -> Mail:
+        envelope = Envelope(self._study_hash, self._it.roster.identities, self._limit)
+        return Mail(self._exchange, self._clock, envelope, Outgoing(frame, kind, timeout_s), self._name)
+
+    @property
+    def _limit(self) -> int:
+        return state_size_bytes(self._it.plan.words)
+
+    def _name(self, position: int) -> str:
+        return self._it.roster.hospitals[position].hospital
+
+    def _names(self, positions: frozenset[int]) -> str:
+        return ", ".join(self._name(position) for position in sorted(positions))

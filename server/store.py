@@ -1,0 +1,117 @@
+"""The coordinator's durable state: one checkpoint a completed round, and the attempt that is open.
+
+Each is one file, replaced atomically, with its SHA-256 at the end: after a kill it is the old one or the new one. Neither
+holds anything secret; a checkpoint restored from an old backup is noticed by the hospitals, who refuse attempts that lie
+behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from medfed.advance import ModelState, parse_state, state_bytes
+from medfed.errors import MedfedError, RemoteProtocolError
+from medfed.seams import Files
+from medfed.wire import enc
+
+_LABEL = b"medfed/checkpoint/v1"
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRecord:
+    """One completed round, for the report: the attempt that completed it and what it took."""
+
+    round: int
+    attempt: int
+    seconds: float
+    upload_bytes: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """``state`` is ``previous`` advanced by ``total``; ``attestations`` are the hospitals' signatures over ``previous``.
+
+    A hospital that lost its state is brought back with ``previous`` and its signatures, then advances by itself.
+    """
+
+    state: ModelState
+    previous: ModelState | None
+    total: bytes
+    attestations: tuple[bytes, ...]
+    last_attempt: int
+    records: tuple[RoundRecord, ...]
+
+
+class Store:
+    """The folder of one study at the coordinator."""
+
+    def __init__(self, files: Files, folder: Path, words: int) -> None:
+        self._files = files
+        self._folder = folder
+        self._words = words
+        files.make_folder(folder)
+
+    def load_checkpoint(self) -> Checkpoint | None:
+        """The last checkpoint; None before the first round. MF-403 if it was altered."""
+        parts = self._load("checkpoint.bin")
+        if parts is None:
+            return None
+        header = json.loads(parts[0])
+        previous = parse_state(parts[2], self._words) if parts[2] else None
+        records = tuple(RoundRecord(**record) for record in header["records"])
+        state = parse_state(parts[1], self._words)
+        return Checkpoint(state, previous, parts[3], tuple(parts[4:]), header["last_attempt"], records)
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        records = [asdict(record) for record in checkpoint.records]
+        header = json.dumps({"last_attempt": checkpoint.last_attempt, "records": records}).encode()
+        previous = state_bytes(checkpoint.previous) if checkpoint.previous is not None else b""
+        parts = (header, state_bytes(checkpoint.state), previous, checkpoint.total, *checkpoint.attestations)
+        self._save("checkpoint.bin", parts)
+
+    def load_open_attempt(self) -> bytes | None:
+        """The request frame of an attempt that was sent and not finished."""
+        parts = self._load("attempt.bin")
+        return None if parts is None else parts[0]
+
+    def save_open_attempt(self, frame: bytes) -> None:
+        """Before the first hospital is asked: the same bytes are asked again after a crash."""
+        self._save("attempt.bin", (frame,))
+
+    def clear_open_attempt(self) -> None:
+        self._files.remove(self._folder / "attempt.bin")
+
+    def write(self, name: str, data: bytes) -> None:
+        """A result file (model, result), written atomically."""
+        self._files.write(self._folder / name, data)
+
+    def _save(self, name: str, parts: tuple[bytes, ...]) -> None:
+        body = enc(_LABEL, *parts)
+        self._files.write(self._folder / name, body + hashlib.sha256(body).digest())
+
+    def _load(self, name: str) -> list[bytes] | None:
+        path = self._folder / name
+        if not self._files.exists(path):
+            return None
+        data = self._files.read(path, limit_bytes=1 << 34)
+        body, digest = data[:-32], data[-32:]
+        if hashlib.sha256(body).digest() != digest:
+            raise MedfedError(403, f"{name} of the coordinator was altered", "restore it from backup")
+        parts = _split(body)
+        if parts[0] != _LABEL:
+            raise MedfedError(406, f"{name} is of another version of medfed", "use the version that wrote it")
+        return parts[1:]
+
+
+def _split(body: bytes) -> list[bytes]:
+    parts, at = [], 0
+    while at < len(body):
+        size = int.from_bytes(body[at : at + 4], "big")
+        if at + 4 + size > len(body):
+            raise RemoteProtocolError(103, "a file of the coordinator is cut short", "restore it from backup")
+        parts.append(body[at + 4 : at + 4 + size])
+        at += 4 + size
+    return parts
