@@ -44,8 +44,7 @@ class Review:
 
 def caps_of(site: Site) -> Caps:
     """The two caps of this hospital's policy."""
-    policy = site.config.policy
-    return Caps(policy.max_epsilon_study, policy.max_epsilon_lifetime, policy.lifetime_delta)
+    return site.config.policy.caps
 
 
 def review(site: Site, study_path: Path, peer_paths: Sequence[Path]) -> Review:
@@ -62,7 +61,9 @@ def review(site: Site, study_path: Path, peer_paths: Sequence[Path]) -> Review:
     position = _own_position(site, roster)
     model_file = files.read(study_path.parent / MODEL_NAME)
     if parameters.file_hash(model_file) != study.model.first_model_sha256:
-        raise PrivacyError(124, f"{MODEL_NAME} is not the study's first model", "ask the coordinator for its files anew")
+        raise PrivacyError(
+            124, f"{MODEL_NAME} is not the study's first model", "ask the coordinator for its files anew"
+        )
     model = catalogue.build(study)
     parameters.from_safetensors(model, model_file)
     plan = make_plan(study, parameters.count(model))

@@ -15,6 +15,9 @@ import httpx
 from medfed.errors import EnvironmentFault, MedfedError, RemoteProtocolError, TransportError
 from medfed.seams import Files
 
+_GATEWAY = frozenset({"502", "503", "504"})
+"""With these a proxy says that it works and the coordinator does not answer."""
+
 
 def trust(files: Files, authority: Path) -> ssl.SSLContext:
     """TLS that trusts the certificates in ``authority`` (PEM, one or several) and nobody else.
@@ -104,6 +107,10 @@ def name_fault(error: httpx.TransportError, server: str, proxy: str | None) -> M
             return TransportError(
                 612, f"certificate of {server}: {reason}", "check the address, the CA file and this machine's clock"
             )
+    if isinstance(error, httpx.ProxyError) and str(error)[:3] in _GATEWAY:
+        return TransportError(
+            610, f"the proxy cannot reach {server} (HTTP {str(error)[:3]})", "is the coordinator running?"
+        )
     if proxy is not None and isinstance(error, (httpx.ProxyError, httpx.ConnectError, httpx.ConnectTimeout)):
         return TransportError(613, f"no way through the proxy ({_status(error)})", "check proxy in hospital.toml")
     if any(isinstance(cause, socket.gaierror) for cause in causes):

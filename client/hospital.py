@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from medfed.client.participation import Participation, Refuse
-
 from medfed.advance import state_size_bytes
+from medfed.client.participation import Participation, Refuse
 from medfed.errors import RemoteProtocolError
 from medfed.identity import Identity
 from medfed.wire import (
@@ -37,6 +36,11 @@ class Hospital:
         self._studies = {part.study_hash: part for part in participations}
         words = max((part.approved.plan.words for part in self._studies.values()), default=0)
         self._vector_limit = state_size_bytes(words)
+
+    @property
+    def studies(self) -> list[str]:
+        """Names of the studies this hospital answers for."""
+        return [part.approved.study.study.name for part in self._studies.values()]
 
     def handle(self, frame: bytes) -> bytes:
         """Check and answer one request."""

@@ -41,8 +41,8 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
-from medfed.client.channel import GuardedTransport, name_fault, trust
 
+from medfed.client.channel import GuardedTransport, name_fault, trust
 from medfed.errors import EnvironmentFault, MedfedError, RemoteProtocolError, TransportError
 from medfed.seams import Files, Seams
 
@@ -336,6 +336,10 @@ class Node:
                 fault = name_fault(error, self._settings.server, self._settings.proxy)
             except RemoteProtocolError as error:
                 fault = error
+            except ValueError as error:
+                raise RemoteProtocolError(
+                    103, "the coordinator's answer cannot be read", "check the address"
+                ) from error
             except httpx.HTTPStatusError as error:
                 fault = self._temporary(error)
             self._end_if_hopeless(fault)

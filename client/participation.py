@@ -15,14 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from medfed.client.ledger import AttemptState, Caps, Ledger, StudyState
-from medfed.client.trainer import Patients, gradient_sum
-from medfed.models import parameters, tasks
-from medfed.models.records import Records
-from medfed.privacy.plan import Plan
-from medfed.privacy.quantize import quantize
-from medfed.privacy.secagg.party import Party
-from medfed.privacy.secagg.protocol import SecaggConfig
 from numpy.typing import NDArray
 from torch import nn
 
@@ -36,8 +28,16 @@ from medfed.advance import (
     state_size_bytes,
     task_hash,
 )
+from medfed.client.ledger import AttemptState, Caps, Ledger, StudyState
+from medfed.client.trainer import Patients, gradient_sum
 from medfed.errors import BudgetExhausted, MedfedError, ProtocolError, RemoteProtocolError
 from medfed.identity import SIGNATURE_BYTES, Identity, verify
+from medfed.models import parameters, tasks
+from medfed.models.records import Records
+from medfed.privacy.plan import Plan
+from medfed.privacy.quantize import quantize
+from medfed.privacy.secagg.party import Party
+from medfed.privacy.secagg.protocol import SecaggConfig
 from medfed.roster import Roster
 from medfed.seams import Seams
 from medfed.study import Study

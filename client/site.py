@@ -1,12 +1,12 @@
 """A hospital's folder: its configuration, keys, data and ledger, as ``medfed-client init`` laid them out.
 
-    hospital.toml      what this hospital allows; sovereign over any study
-    identity.key       Ed25519, signs everything this hospital says
-    node.key           EC P-384, Flower's connection key
-    patients.key       secret of the keyed hashes of patient ids
-    enrolment.json     the public document to hand to the coordinator and the other hospitals
-    ledger.db          privacy spending
-    studies/HASH/      one approved study: plan, roster, model state, outbox, final model
+hospital.toml      what this hospital allows; sovereign over any study
+identity.key       Ed25519, signs everything this hospital says
+node.key           EC P-384, Flower's connection key
+patients.key       secret of the keyed hashes of patient ids
+enrolment.json     the public document to hand to the coordinator and the other hospitals
+ledger.db          privacy spending
+studies/HASH/      one approved study: plan, roster, model state, outbox, final model
 """
 
 from __future__ import annotations

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import nn
+
 from medfed.models import parameters, tasks
 from medfed.models.records import Records
 from medfed.privacy.gradients.opacus_engine import clipped_sum
 from medfed.privacy.keystream import Keystream
 from medfed.privacy.sampling import poisson_mask
-from numpy.typing import NDArray
-from torch import nn
-
 from medfed.study import Study
 
 
@@ -42,8 +42,8 @@ def gradient_sum(
 ) -> NDArray[np.float64]:
     """Sum over sampled patients of each one's mean gradient, clipped to the study's norm: float64[d].
 
-    Each patient is in with probability ``sampling_rate``, independently (secret coins from ``sampling_key``, 64 fresh bytes). Of a
-    patient with more records than the study's cap a fresh random subset of that size is used. No patient sampled
+    Each patient is in with probability ``sampling_rate``, independently (secret coins from ``sampling_key``,
+    64 fresh bytes). Of a patient with more records than the study's cap a fresh random subset of that size is used. No patient sampled
     gives zeros: the caller adds noise all the same.
     """
     sampled = poisson_mask(sampling_key[:32], patients.count, study.privacy.sampling_rate)

@@ -34,8 +34,13 @@ def _prepare() -> None:
 
 
 def hush() -> None:
-    """Keep Flower's and httpx's notes of every message out of the log; call after Flower's import."""
-    for name in ("flwr", "httpx", "alembic"):
+    """Keep Flower's and httpx's notes of every message out of the log; call after Flower's import.
+
+    Flower logs what a stranger sends, keys included, as errors. What matters to an operator we say ourselves.
+    """
+    for name in ("flwr", "uvicorn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in ("httpx", "httpcore", "asyncio"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

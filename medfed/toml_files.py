@@ -30,12 +30,12 @@ _LONG_KEY = re.compile(rf"(?<![\w-])(?:{_KEY_PART}[ \t]*+\.[ \t]*+){{64}}")
 
 
 class StrictModel(BaseModel):
-    """The base of every model read from a file: no coercion, no unknown keys, no infinity, no change after reading."""
+    """A base for models of files: no coercion, no unknown keys, no infinity, no change after reading."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
-Model = TypeVar("Model", bound=StrictModel)
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def load(files: Files, path: Path, model: type[Model]) -> Model:
@@ -57,7 +57,11 @@ def parse(data: bytes, name: str, model: type[Model]) -> Model:
 
 
 def validate(values: Mapping[str, object], name: str, model: type[Model]) -> Model:
-    """Validate nested tables that were already parsed (TOML or JSON); raises ``ConfigError`` 201, 202 or 203."""
+    """Validate nested tables that were already parsed (TOML or JSON); raises ``ConfigError`` 201, 202 or 203.
+
+    Strict whatever ``model`` says; ``TypeError`` for a model that would pass over unknown keys.
+    """
+    _require_closed(model)
     try:
         text = json.dumps(values, default=_plain)
     except RecursionError as error:
@@ -66,6 +70,14 @@ def validate(values: Mapping[str, object], name: str, model: type[Model]) -> Mod
         return model.model_validate_json(text, strict=True)
     except ValidationError as error:
         raise _explain(error.errors(include_url=False), name, model) from None
+
+
+def _require_closed(model: type[BaseModel]) -> None:
+    if model.model_config.get("extra") != "forbid":
+        raise TypeError(f"{model.__name__} must be declared with extra='forbid'")
+    for field in model.model_fields.values():
+        for inner in _models_in(field.annotation):
+            _require_closed(inner)
 
 
 def _decode(data: bytes, name: str) -> dict[str, object]:

@@ -212,8 +212,8 @@ def compose(mechanism: Mechanism, count: int) -> NDArray[np.float64]:
 def epsilon(rdp_total: NDArray[np.float64], delta: float) -> float:
     """The epsilon at ``delta`` that a total RDP over ``ORDERS`` implies, rounded up.
 
-    *Source* Canonne, Kamath, Steinke 2020, Proposition 12, through dp_accounting. Also a privacy filter: when events
-    are chosen after seeing earlier results, stopping before this figure passes a fixed cap is private at that cap.
+    For a list of events fixed beforehand: the best order is picked afterwards, so for events chosen after seeing
+    earlier results use ``privacy.filter``. *Source* Canonne, Kamath, Steinke 2020, Proposition 12, by dp_accounting.
     """
     from dp_accounting.rdp import rdp_privacy_accountant
 

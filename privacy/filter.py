@@ -14,10 +14,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from medfed.privacy.accounting import ORDERS
 from numpy.typing import NDArray
 
 from medfed.errors import ConfigError
+from medfed.privacy.accounting import ORDERS
 
 _ROUNDING = 1e-9  # covers the rounding of float64, so that figures come out rounded up
 

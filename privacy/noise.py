@@ -23,10 +23,10 @@ from decimal import ROUND_HALF_EVEN, Context, Decimal
 from fractions import Fraction
 
 import numpy as np
-from medfed.privacy.keystream import Keystream
 from numpy.typing import NDArray
 
 from medfed.errors import ConfigError
+from medfed.privacy.keystream import Keystream
 
 SIGMA_LEAST = 0.5
 SIGMA_MOST = 2.0**40

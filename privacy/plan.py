@@ -9,11 +9,11 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from medfed.privacy import accounting, quantize
-from medfed.privacy.accounting import Mechanism
 from numpy.typing import NDArray
 
 from medfed.errors import ConfigError, PrivacyError, RemoteProtocolError
+from medfed.privacy import accounting, quantize
+from medfed.privacy.accounting import Mechanism
 from medfed.study import Study
 
 WRAP_PROBABILITY_LIMIT = 1e-9  # for all attempts and words together

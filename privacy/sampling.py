@@ -7,10 +7,10 @@ other (noise and nothing else).
 from __future__ import annotations
 
 import numpy as np
-from medfed.privacy.keystream import Keystream
 from numpy.typing import NDArray
 
 from medfed.errors import ConfigError
+from medfed.privacy.keystream import Keystream
 
 
 def poisson_mask(key: bytes, population: int, sampling_rate: float) -> NDArray[np.bool_]:

@@ -6,10 +6,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from medfed.server.exchange import Exchange, Kind
-
 from medfed.errors import EnvironmentFault, MedfedError, RemoteProtocolError
 from medfed.seams import Clock
+from medfed.server.exchange import Exchange, Kind
 from medfed.wire import (
     NO_POSITION,
     Finished,

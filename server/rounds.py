@@ -11,18 +11,17 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from medfed.privacy.plan import Plan
-from medfed.privacy.secagg.aggregator import Aggregator
-from medfed.privacy.secagg.protocol import AggregatorConfig
-from medfed.server.exchange import Exchange, Kind
-from medfed.server.mail import RETRY_S, Envelope, Mail, Outgoing
-from medfed.server.store import Checkpoint, RoundRecord, Store
-
 from medfed.advance import ModelState, advance, state_bytes, state_hash, state_size_bytes, task_hash
 from medfed.errors import EnvironmentFault, PrivacyError, ProtocolError, RemoteProtocolError
 from medfed.identity import Identity, verify
+from medfed.privacy.plan import Plan
+from medfed.privacy.secagg.aggregator import Aggregator
+from medfed.privacy.secagg.protocol import AggregatorConfig
 from medfed.roster import Roster
 from medfed.seams import Seams
+from medfed.server.exchange import Exchange, Kind
+from medfed.server.mail import RETRY_S, Envelope, Mail, Outgoing
+from medfed.server.store import Checkpoint, RoundRecord, Store
 from medfed.study import Study
 from medfed.wire import (
     Finish,
@@ -90,6 +89,11 @@ class Rounds:
         self._session = b""
         loaded = store.load_checkpoint()
         self._checkpoint = loaded or Checkpoint(assignment.first, None, b"", (), 0, ())
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The last completed round, and the attempts used so far."""
+        return self._checkpoint
 
     def run(self) -> Checkpoint:
         """All rounds that are left, then the final model. Returns the final checkpoint.

@@ -1,7 +1,7 @@
 """The hospital's privacy ledger: debit, sync to disk, then release.
 
-``entries`` says what a row is, ``store`` keeps rows in SQLite, ``accounts`` does the sums, ``book`` is what the
-hospital calls.
+``entries`` says what a row is, ``rows`` fills it, ``chain`` says what must hold over all of them, ``store`` keeps them in
+SQLite, ``accounts`` does the sums, ``view`` reads and ``book`` is what the hospital calls to spend.
 """
 
 from medfed.client.ledger.accounts import (
@@ -14,8 +14,9 @@ from medfed.client.ledger.accounts import (
     StudyState,
     snapshot_digest,
 )
-from medfed.client.ledger.book import Ledger, Sealed, VerifyReport
+from medfed.client.ledger.book import Ledger
 from medfed.client.ledger.entries import AttemptState, Entry, Head, Kind
+from medfed.client.ledger.view import LedgerView, Sealed, VerifyReport
 
 __all__ = [
     "AccountView",
@@ -28,6 +29,7 @@ __all__ = [
     "Head",
     "Kind",
     "Ledger",
+    "LedgerView",
     "Reservation",
     "Sealed",
     "StudyState",

@@ -7,17 +7,18 @@ and so does everything linked to either; only approvals without a common patient
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import Enum
 
 import numpy as np
-from medfed.privacy.accounting import ORDERS, Mechanism, epsilon, micro
-from medfed.privacy.filter import filter_epsilon
 from numpy.typing import NDArray
 
 from medfed.errors import BudgetExhausted, LocalProtocolError
+from medfed.privacy.accounting import ORDERS, Mechanism, epsilon, micro
+from medfed.privacy.filter import filter_epsilon
 from medfed.wire import enc
 
 HASH_BYTES = 32
@@ -209,9 +210,14 @@ def require_lifetime_fits(total: NDArray[np.float64], caps: Caps) -> float:
 
 def _require(value: float, cap: float, whose: str, key: str) -> None:
     # whole millionths, spending rounded up and the cap down: no sum of tiny debits slips through
-    if not value < float("inf") or micro(value) > int(Decimal(repr(cap)) * 1_000_000):
+    if not math.isfinite(value) or micro(value) > int(Decimal(repr(cap)) * 1_000_000):
         raise BudgetExhausted(
             501,
-            f"{whose} epsilon {value:.4f} would exceed this hospital's cap {cap:.4f}, nothing was spent",
+            f"{whose} epsilon {_up(value)} would exceed this hospital's cap {cap:g}, nothing was spent",
             f"ask for fewer rounds or more noise, or raise {key} in hospital.toml",
         )
+
+
+def _up(value: float) -> str:
+    """Four decimals, rounded up, so that a refused figure never reads as the cap itself."""
+    return f"{math.ceil(value * 10_000) / 10_000:.4f}" if math.isfinite(value) else "without bound"

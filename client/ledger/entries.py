@@ -222,4 +222,8 @@ def _signed_bytes(seq: int, digest: bytes) -> bytes:
 
 
 def altered(seq: int) -> PrivacyError:
-    return PrivacyError(403, f"ledger row {seq} was altered", "stop, keep the file, restore the latest backup")
+    return damage(403, f"ledger row {seq} was altered")
+
+
+def damage(code: int, what: str) -> PrivacyError:
+    return PrivacyError(code, what, "stop, keep the file, restore the latest backup")

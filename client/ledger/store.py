@@ -13,25 +13,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NoReturn
 
 from medfed.client.ledger.accounts import snapshot_digest
+from medfed.client.ledger.chain import check_chain, check_format, check_moves, check_owner
 from medfed.client.ledger.entries import (
-    BODIES,
     FORMAT,
-    MOVES,
     NO_HASH,
     ApprovedBody,
-    AttemptState,
     BegunBody,
     Draft,
     Entry,
     Head,
     Kind,
-    SealedBody,
     altered,
+    damage,
     make_entry,
-    row_hash,
 )
-
-from medfed.errors import EnvironmentFault, LocalProtocolError, MedfedError, PrivacyError
+from medfed.errors import EnvironmentFault, LocalProtocolError, MedfedError
 from medfed.identity import Identity
 
 _SCHEMA = (
@@ -44,9 +40,9 @@ _SCHEMA = (
         previous BLOB NOT NULL UNIQUE,
         hash BLOB NOT NULL UNIQUE,
         signature BLOB NOT NULL,
-        pad BLOB UNIQUE,
         UNIQUE (study, attempt, kind)
     ) STRICT""",
+    "CREATE UNIQUE INDEX one_vector_a_pad ON entries (json_extract(body, '$.pad')) WHERE kind = 'SEALED'",
     "CREATE TABLE patients (patient BLOB NOT NULL, approval INTEGER NOT NULL, PRIMARY KEY (patient, approval)) STRICT",
     "CREATE INDEX patients_by_approval ON patients (approval)",
     *(
@@ -92,9 +88,6 @@ class Store:
         with _named_faults():
             connection.execute("PRAGMA query_only = ON")
         return cls(connection, identity)
-
-    def close(self) -> None:
-        self._connection.close()
 
     # ------------------------------------------------------------------------------------------------------- writing
 
@@ -152,9 +145,8 @@ class Store:
             raise LocalProtocolError(900, "ledger row outside a transaction", "report this as a fault of medfed")
         last = self.last()
         entry = make_entry(draft, last.head if last else None, self._identity)
-        pad = bytes.fromhex(draft.body.pad) if isinstance(draft.body, SealedBody) else None
         self._connection.execute(
-            f"INSERT INTO entries ({_COLUMNS}, pad) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608 constant names
+            f"INSERT INTO entries ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608 constant names
             (
                 entry.seq,
                 entry.kind.value,
@@ -164,7 +156,6 @@ class Store:
                 entry.previous,
                 entry.hash,
                 entry.signature,
-                pad,
             ),
         )
         return entry
@@ -186,6 +177,20 @@ class Store:
         with self._turn, _named_faults():
             rows = self._connection.execute(f"SELECT {_COLUMNS} FROM entries {condition}", values).fetchall()  # noqa: S608
         return [_entry(row) for row in rows]
+
+    def tallies(self) -> dict[bytes, tuple[int, int]]:
+        """For each study with a charge: how many attempts were charged, and the highest."""
+        query = "SELECT study, count(*), max(attempt) FROM entries WHERE kind = 'RESERVED' GROUP BY study"
+        with self._turn, _named_faults():
+            return {study: (count, highest) for study, count, highest in self._connection.execute(query)}
+
+    def latest_wall(self) -> float:
+        """The latest time any row states; 0 if none does."""
+        query = (
+            "SELECT max(coalesce(json_extract(body, '$.wall_s'), json_extract(body, '$.approved_wall_s'))) FROM entries"
+        )
+        with self._turn, _named_faults():
+            return float(self._connection.execute(query).fetchone()[0] or 0.0)
 
     def patients_of(self, approval: int) -> frozenset[bytes]:
         """Keyed hashes of one approval's patients."""
@@ -213,17 +218,46 @@ class Store:
         Raises ``PrivacyError``: 402 truncated or not a database, 403 a row altered, 404 the chain broken or another
         hospital's, 406 written by a newer version.
         """
+        with self._view():
+            self._check_file()
+            return self._check_rows(every_signature)
+
+    @contextlib.contextmanager
+    def _view(self) -> Iterator[None]:
+        """Several reads of one state, even while another process appends."""
+        with self._turn:
+            with _named_faults():
+                self._connection.execute("BEGIN")
+            try:
+                yield
+            finally:
+                self._roll_back()
+
+    def _check_file(self) -> None:
+        """SQLite's own consistency (indexes included), and the rules of the schema still in force."""
+        with _named_faults():
+            if self._connection.execute("PRAGMA integrity_check(1)").fetchone()[0] != "ok":
+                raise damage(402, "ledger file is damaged or truncated")
+            first = self._connection.execute("SELECT body FROM entries WHERE seq = 1").fetchone()
+            query = "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%'"
+            rules = {row[0] for row in self._connection.execute(query)}
+        if first:
+            check_format(str(first[0]))
+        if rules != set(_SCHEMA):
+            raise damage(404, "ledger's tables or their rules were changed")
+
+    def _check_rows(self, every_signature: bool) -> Head:
         entries = self.select()
         if not entries:
-            raise _damage(402, "ledger is empty")
-        _check_chain(entries, self._highest_ever())
-        self._check_owner(entries[0])
+            raise damage(402, "ledger is empty")
+        check_chain(entries, self._highest_ever())
+        check_owner(entries[0], self._identity.public)
         for entry in entries if every_signature else entries[-1:]:
             try:
                 entry.head.check(self._identity.public)
             except MedfedError as error:
                 raise altered(entry.seq) from error
-        _check_moves(entries)
+        check_moves(entries)
         self._check_patients(entries)
         return entries[-1].head
 
@@ -232,15 +266,6 @@ class Store:
         with _named_faults():
             row = self._connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'entries'").fetchone()
         return int(row[0]) if row else 0
-
-    def _check_owner(self, first: Entry) -> None:
-        if first.kind is not Kind.BEGUN:
-            raise altered(first.seq)
-        begun = first.read(BegunBody)
-        if begun.format > FORMAT:
-            raise PrivacyError(406, f"ledger has format {begun.format}, this medfed knows {FORMAT}", "upgrade medfed")
-        if begun.identity != self._identity.public.hex():
-            raise _damage(404, "ledger belongs to another identity")
 
     def _check_patients(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
@@ -262,48 +287,11 @@ def _entry(row: tuple[object, ...]) -> Entry:
         and isinstance(digest, bytes)
         and isinstance(signature, bytes)
     ):
-        raise _damage(402, "ledger rows have other types")
+        raise damage(402, "ledger rows have other types")
     try:
         return Entry(seq, Kind(kind), study, attempt, body, previous, digest, signature)
     except ValueError as error:
         raise altered(seq) from error
-
-
-def _check_chain(entries: Sequence[Entry], highest_ever: int) -> None:
-    previous = NO_HASH
-    for number, entry in enumerate(entries, start=1):
-        if entry.seq != number or entry.previous != previous:
-            raise _damage(404, f"ledger chain is broken at row {number}")
-        if entry.hash != row_hash(
-            entry.seq, entry.kind.value, entry.study, entry.attempt, entry.body, entry.previous
-        ) or not isinstance(entry.read(BODIES[entry.kind]), BODIES[entry.kind]):
-            raise altered(number)
-        previous = entry.hash
-    if highest_ever != len(entries):
-        raise _damage(402, f"ledger is truncated: {highest_ever} rows were written, {len(entries)} are there")
-
-
-def _check_moves(entries: Iterable[Entry]) -> None:
-    """Every attempt only ever made legal moves, each in an approved study, each attempt number above the last."""
-    states: dict[tuple[bytes, int], AttemptState] = {}
-    highest: dict[bytes, int] = {}
-    for entry in entries:
-        if entry.kind is Kind.APPROVED:
-            highest[entry.study] = 0
-        if entry.attempt == 0:
-            continue
-        key, move = (entry.study, entry.attempt), AttemptState(entry.kind.value)
-        if move not in MOVES[states.get(key)] or entry.study not in highest:
-            raise altered(entry.seq)
-        if move is AttemptState.RESERVED:
-            if entry.attempt <= highest[entry.study]:
-                raise altered(entry.seq)
-            highest[entry.study] = entry.attempt
-        states[key] = move
-
-
-def _damage(code: int, what: str) -> PrivacyError:
-    return PrivacyError(code, what, "stop, keep the file, restore the latest backup")
 
 
 _SQLITE_FAULTS = {
@@ -327,10 +315,10 @@ def _translate(error: sqlite3.Error) -> NoReturn:
     if code == sqlite3.SQLITE_BUSY:
         raise MedfedError(620, "another process writes to the ledger", "stop it: one process an identity") from error
     if code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}:
-        raise _damage(402, "ledger file is damaged or truncated") from error
+        raise damage(402, "ledger file is damaged or truncated") from error
     if code == sqlite3.SQLITE_CONSTRAINT:
         raise LocalProtocolError(181, "this attempt or pad was used before", "a new attempt needs new noise") from error
     if isinstance(error, sqlite3.DatabaseError) and "no such table" in str(error):
-        raise _damage(402, "ledger file is incomplete") from error
+        raise damage(402, "ledger file is incomplete") from error
     fault = _SQLITE_FAULTS.get(code, (608, "the ledger could not be read or written", "check the volume"))
     raise EnvironmentFault(*fault) from error

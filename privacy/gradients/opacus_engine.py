@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -21,6 +22,7 @@ from medfed.errors import LocalProtocolError, UnsupportedModel
 # in the last places when one record more or less changes the shape of a batch
 CLIPPING_MARGIN = 1e-4
 _AGREEMENT = 1e-2
+_VALUES_AT_ONCE = 1 << 26
 
 Losses = Callable[[Tensor, Tensor], Tensor]
 
@@ -40,7 +42,8 @@ def clipped_sum(
     ``inputs``: [B, ...], ``labels``: [B, ...], record by record; ``patients``: int64[B], whose record it is (0 to
     ``patient_count`` - 1). ``losses(logits, labels)`` gives one loss a record, float[B], and must not let records see
     each other. ``d`` runs over ``model.named_parameters()`` that require gradients, flattened, in that order.
-    ``max_batch``: records processed at once; a patient is never split, so one with more of them is a batch of its own.
+    ``max_batch``: records processed at once (fewer where their gradients would pass 512 MiB); a patient is never split,
+    so one with more records is a batch of its own.
 
     *Guarantees* One patient in or out moves the result by at most C in L2 norm, however many records; a patient with
     a non-finite gradient contributes zero; no patients give zeros; ``model`` is left as it was.
@@ -53,6 +56,7 @@ def clipped_sum(
     if len(patients) == 0:
         return total
     order = np.argsort(patients, kind="stable")
+    max_batch = max(1, min(max_batch, _VALUES_AT_ONCE // max(1, len(total))))
     with _Recorder(model) as recorder:
         for chosen in _whole_patients(patients[order], max_batch):
             rows = torch.from_numpy(order[chosen]).to(inputs.device)
@@ -134,7 +138,10 @@ class _Recorder:
         if loss.shape != (len(inputs),):
             what = f"the loss has shape {tuple(loss.shape)} for {len(inputs)} records"
             raise UnsupportedModel(160, what, "return one loss a record")
-        loss.sum().backward()  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():
+            # true of every first layer, whose inputs are records; its output's gradient is all that is needed
+            warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
+            loss.sum().backward()  # type: ignore[no-untyped-call]
         for name, value in self._model.named_buffers():
             if not torch.equal(value, self._constants[name]):
                 raise UnsupportedModel(160, f"buffer {name} changes with the records", "use a layer without statistics")

@@ -11,6 +11,9 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias, assert_never
 
 import numpy as np
+
+from medfed.errors import LocalProtocolError, RemoteProtocolError
+from medfed.identity import verify
 from medfed.privacy.secagg.keys import read_offers, verify_offer
 from medfed.privacy.secagg.protocol import (
     HASH_BYTES,
@@ -39,9 +42,6 @@ from medfed.privacy.secagg.transitions import (
     Uploaded,
     unexpected,
 )
-
-from medfed.errors import LocalProtocolError, RemoteProtocolError
-from medfed.identity import verify
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ from typing import Final
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from medfed.privacy.secagg.protocol import AggregatorConfig, Offer, be16, label, parse_offer, split_offer
 
 from medfed.errors import RemoteProtocolError
 from medfed.identity import verify
+from medfed.privacy.secagg.protocol import AggregatorConfig, Offer, be16, label, parse_offer, split_offer
 from medfed.wire import enc
 
 STREAM_BYTES: Final = 44

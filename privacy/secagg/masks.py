@@ -14,10 +14,10 @@ from typing import Final
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from medfed.privacy.secagg.protocol import RingWords, view_words
 from numpy.typing import NDArray
 
 from medfed.errors import LocalProtocolError
+from medfed.privacy.secagg.protocol import RingWords, view_words
 
 CHUNK_BYTES: Final = 256 << 10  # pad and slice of the vector stay in the processor's second-level cache
 _BLOCK_BYTES: Final = 16

@@ -11,6 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Final, NoReturn, TypeAlias, assert_never
 
 import numpy as np
+from numpy.typing import NDArray
+
+from medfed.errors import LocalProtocolError, RemoteProtocolError
+from medfed.identity import SIGNATURE_BYTES
 from medfed.privacy.secagg.keys import derive_root, leaf_seed, public_key, read_offers, stream_key
 from medfed.privacy.secagg.masks import Masker
 from medfed.privacy.secagg.protocol import (
@@ -47,10 +51,6 @@ from medfed.privacy.secagg.transitions import (
     Vector,
     unexpected,
 )
-from numpy.typing import NDArray
-
-from medfed.errors import LocalProtocolError, RemoteProtocolError
-from medfed.identity import SIGNATURE_BYTES
 from medfed.seams import Entropy
 
 OFFER_ENTROPY_BYTES: Final = KEY_BYTES + NONCE_BYTES
@@ -241,7 +241,7 @@ class Party:
         self._step(Offers(tuple(offers)))
 
     def open_round(self, attempt: int, task_hash: bytes) -> None:
-        """Begin an attempt on the task this hospital computed itself (``protocol.task_hash``).
+        """Begin an attempt on the task this hospital computed itself: ``medfed.advance.task_hash``, never a hash it was sent.
 
         Raises ``RemoteProtocolError`` (MF-181) unless ``attempt`` exceeds every earlier one of this session.
         """
@@ -267,7 +267,8 @@ class Party:
 
     def close_round(self, reason: CloseReason = CloseReason.SUM) -> None:
         """End the round, whatever its outcome, and erase its pads and words. Harmless where no round is open."""
-        self._step(Close(reason))
+        if self._state.phase not in (PartyPhase.NEW, PartyPhase.OFFERED):
+            self._step(Close(reason))
 
     def _assemble(self, send: Send) -> bytes:
         signature = self._sign(send.signed)

@@ -72,11 +72,6 @@ def view_words(buffer: bytes | bytearray | memoryview, ring_bits: int) -> RingWo
     return np.frombuffer(buffer, dtype=np.dtype(np.uint32).newbyteorder("<"))
 
 
-def task_hash(model: bytes, settings: bytes) -> bytes:
-    """What is trained in a round: the model's exact bytes and the round's settings, each hospital's own copy [4]."""
-    return digest(label("task"), model, settings)
-
-
 # --------------------------------------------------------------------------------------------------------------- parameters
 
 
@@ -251,7 +246,10 @@ def transcript_hash(config: AggregatorConfig, bodies: Sequence[bytes]) -> bytes:
 
 
 def context_hash(config: AggregatorConfig, transcript: bytes, attempt: int, task: bytes) -> bytes:
-    """ctx of a round: masks cancel only among hospitals that agree on every part of it [4]."""
+    """ctx of a round: masks cancel only among hospitals that agree on every part of it [4].
+
+    ``task``: 32 bytes that name what is trained, ``medfed.advance.task_hash``.
+    """
     cohort = digest(label("cohort"), encode_list(config.members))
     size = be64(config.words), bytes([config.ring_bits])
     return digest(label("ctx"), transcript, be64(attempt), cohort, task, *size)

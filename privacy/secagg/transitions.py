@@ -38,7 +38,7 @@ class Offers:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """An attempt begins. ``task``: ``task_hash`` of what this side computed itself, never a hash it was sent (rule 6)."""
+    """An attempt begins. ``task``: 32 bytes naming the model and settings this side computed itself (rule 6)."""
 
     attempt: int
     task: bytes

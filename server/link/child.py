@@ -37,10 +37,10 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
-from medfed.server.exchange import Exchange
-from medfed.server.link.grid import make_server_app
 
 from medfed.errors import ExitStatus, MedfedError
+from medfed.server.exchange import Exchange
+from medfed.server.link.grid import make_server_app
 
 hush()
 log = logging.getLogger("medfed.server.link")
@@ -100,16 +100,18 @@ class RunGrid(HttpGrid):  # type: ignore[misc]
                 raise ValueError
             if not self._fetch(reply):
                 return None
-            message = inflate_object_from_contents(reply.id, reply.contents)
-            message.metadata.__dict__["_message_id"] = reply.id
-            # the store's word on what this answers, not the sender's
-            message.metadata.reply_to_message_id = message_id
+            whole = inflate_object_from_contents(reply.id, reply.contents)
+            if not isinstance(whole, Message):
+                raise TypeError
+            parts = (whole.content if whole.has_content() else None, whole.error if whole.has_error() else None)
         except httpx.HTTPError:
             raise
         except Exception as error:  # whatever a hospital's bytes can raise in Flower's parsers
             log.warning("a reply could not be read: %s", type(error).__name__)
-            message = message_from_proto(reply.proto)
-            message.__dict__.update(_content=None, _error=Error(ErrorCode.UNKNOWN, "malformed"))
+            parts = (None, Error(ErrorCode.UNKNOWN, "malformed"))
+        # the metadata are the store's, which knows what was answered by whom; those in the content are the sender's
+        message = message_from_proto(reply.proto)
+        message.__dict__["_content"], message.__dict__["_error"] = parts
         del self._unfinished[message_id]
         return message
 

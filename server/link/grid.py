@@ -11,6 +11,7 @@ from medfed.flower import FIELD, RECORD, hush
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
+
 from medfed.server.exchange import Exchange, Kind, Reply
 
 hush()

@@ -45,7 +45,10 @@ class FleetOnly:
         if kind == "lifespan":
             await self.app(scope, receive, send)
         elif kind == "http" and _is_public(scope.get("path")):
-            await self._bounded(scope, receive, send)
+            if _announced_bytes(scope.get("headers")) > self.limit_bytes:
+                await _answer(send, 413)
+            else:
+                await self._bounded(scope, receive, send)
         elif kind == "http":
             await _answer(send, 404)
         elif kind == "websocket":
@@ -87,6 +90,14 @@ def _is_public(path: object) -> bool:
     return path.startswith(FLEET_PREFIX) or path == HEALTH_PATH
 
 
+def _announced_bytes(headers: object) -> int:
+    """The body's announced length; 0 if there is none, which the counting then bounds."""
+    for name, value in headers if isinstance(headers, (list, tuple)) else ():
+        if name == b"content-length" and value.isdigit():
+            return int(value)
+    return 0
+
+
 async def _answer(send: Send, status: int) -> None:
     await send({"type": "http.response.start", "status": status, "headers": [(b"connection", b"close")]})
     await send({"type": "http.response.body", "body": b""})
@@ -109,7 +120,7 @@ ADMIN_TABLE = (("/v1/control/list-runs", 401), ("/v1/runtime/acquire-task", 401)
 def check_guard(network: Network, public_url: str, admin_url: str, certificate_authority: str) -> None:
     """Ask both ports as a stranger would; raise ``RemoteProtocolError`` (MF-615) at the first wrong answer.
 
-    Run at each start, before a node is registered. ``certificate_authority`` is PEM text; the name in the certificate
+    Run at each start, right after the port opens. ``certificate_authority`` is PEM text; the name in the certificate
     is not compared here, because the public name need not lead back to this machine.
     """
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from medfed.errors import EnvironmentFault, ExitStatus
+from medfed.seams import Clock, Seams
 from medfed.server.certificates import check_server_certificate
 from medfed.server.link.child import Orders
 from medfed.server.link.guard import check_guard
 from medfed.server.link.superlink import LOOPBACK, LinkSettings, SuperLink
-
-from medfed.errors import EnvironmentFault, ExitStatus
-from medfed.seams import Clock, Seams
 
 log = logging.getLogger("medfed.server.link")
 
@@ -52,8 +51,9 @@ def serve(
     link = SuperLink(settings, seams)
     try:
         link.start()
-        check_guard(seams.network, _own_url(settings.host, link.public_port), f"http://{link.admin}", authority)
         node_ids = {position: link.register(key, f"hospital-{position}") for position, key in enumerate(node_keys)}
+        link.open()
+        check_guard(seams.network, _own_url(settings.host, link.public_port), f"http://{link.admin}", authority)
         log.info("listening on %s port %d for %d hospitals", settings.host, link.public_port, len(node_ids))
         return _run_until_done(link, node_ids, work, seams.clock, stop)
     finally:

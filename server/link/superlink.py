@@ -7,6 +7,7 @@ loopback only and asks for a token drawn at each start. Flower's database is mem
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -40,10 +41,10 @@ from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
-from medfed.server.link.guard import FleetOnly
 
 from medfed.errors import ConfigError, EnvironmentFault
 from medfed.seams import Seams
+from medfed.server.link.guard import FleetOnly
 
 hush()
 
@@ -106,55 +107,78 @@ class _Bearer:
         return response
 
 
+class _Server(uvicorn.Server):
+    """Ends although a hospital's idle TLS connection does not answer the goodbye (it reads at its next call only)."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+        for _ in range(3):  # the loop's turns in which aborted connections close
+            await asyncio.sleep(0)
+
+
 class SuperLink:
-    """Flower's server between ``start`` and ``close``; one a process, called from one thread."""
+    """Flower's server: ``start``, ``register`` each node, ``open``, ..., ``close``. Called from one thread."""
 
     def __init__(self, settings: LinkSettings, seams: Seams) -> None:
         self._settings = settings
         self._seams = seams
-        self._servers: list[tuple[uvicorn.Server, threading.Thread]] = []
+        self._servers: list[tuple[_Server, threading.Thread]] = []
+        self._clients: list[ControlHttpClient | RuntimeHttpClient] = []
         self.public_port = 0
         self.admin = ""
         """``host:port`` of the administrative port."""
 
     def start(self) -> None:
-        """Open both ports. Raises ``EnvironmentFault`` (MF-614) if one is taken."""
+        """Open the administrative port. Raises ``EnvironmentFault`` (MF-614) if it is taken."""
         token = base64.urlsafe_b64encode(self._seams.entropy.draw("link/token", 32)).decode()
         secret = self._seams.entropy.draw("link/secret", 32)
-        public = _listen(self._settings.host, self._settings.port)
-        admin = _listen(LOOPBACK, self._settings.admin_port)
-        self.public_port, admin_port = public.getsockname()[1], admin.getsockname()[1]
+        listener = _listen(LOOPBACK, self._settings.admin_port)
+        admin_port = listener.getsockname()[1]
         self.admin = f"{LOOPBACK}:{admin_port}"
-        app = create_app(_flower_config(token, secret, admin_port), SuperLinkLifespan)
-        # the public one first: its lifespan builds the state that both use
-        self._run(self._public_config(app), public)
-        self._run(uvicorn.Config(app, lifespan="off", ws="none", access_log=False, log_config=None), admin)
+        self._app = create_app(_flower_config(token, secret, admin_port), SuperLinkLifespan)
+        # this server owns the application's lifespan, so it is the first to start and the last to stop
+        self._run(
+            uvicorn.Config(
+                self._app, lifespan="on", ws="none", access_log=False, log_config=None, timeout_graceful_shutdown=1
+            ),
+            listener,
+        )
         version = RuntimeVersionHttpInterceptor(component_name="medfed-server")
         self._control = ControlHttpClient.from_server_address(self.admin, True, None, [version, _Bearer(token)])
         claim = SuperExecAuthHttpInterceptor(
             master_secret=secret, protected_methods=frozenset({"/flwr.proto.Runtime/AcquireTask"})
         )
         self._runtime = RuntimeHttpClient.from_server_address(self.admin, True, None, [version, claim])
+        self._clients = [self._control, self._runtime]
 
-    def _public_config(self, app: object) -> uvicorn.Config:
+    def open(self) -> None:
+        """Open the public port, once all nodes are registered: a node that comes earlier would be refused. MF-614."""
+        listener = _listen(self._settings.host, self._settings.port)
+        self.public_port = listener.getsockname()[1]
+        self._run(self._public_config(), listener)
+
+    def _public_config(self) -> uvicorn.Config:
         settings = self._settings
         return uvicorn.Config(
-            FleetOnly(app, settings.limit_bytes),  # type: ignore[arg-type]
+            FleetOnly(self._app, settings.limit_bytes),
             ssl_certfile=settings.certificate,
             ssl_keyfile=settings.key,
             ssl_ciphers=CIPHERS,
             ssl_version=ssl.PROTOCOL_TLS_SERVER,
-            lifespan="on",
+            lifespan="off",
             ws="none",
             access_log=False,
             log_config=None,
             server_header=False,
             proxy_headers=False,
-            timeout_graceful_shutdown=3,
+            timeout_graceful_shutdown=1,
         )
 
     def _run(self, config: uvicorn.Config, listener: socket.socket) -> None:
-        server = uvicorn.Server(config)
+        server = _Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         self._servers.append((server, thread))
@@ -207,9 +231,11 @@ class SuperLink:
         return token
 
     def close(self) -> None:
-        for server, _ in self._servers:
+        for client in self._clients:
+            client.close()
+        self._clients = []
+        for server, thread in reversed(self._servers):
             server.should_exit = True
-        for _, thread in self._servers:
             thread.join(5)
         self._servers.clear()
 

@@ -1,121 +1,15 @@
-"""A small real federation on loopback: certificates, keys, a coordinator in a thread, nodes in threads."""
+"""What the tests of this folder share: a small real federation on loopback."""
 
-import json
-import socket
-import threading
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import sys
 from pathlib import Path
 
 import pytest
 
-from medfed.identity import create_node_key
-from medfed.seams import Seams, system_seams
-from medfed.server.certificates import CertificateFiles, create_authority, create_server_certificate
-
 TASKS = Path(__file__).parent / "tasks"
-WAIT_S = 60.0
+if str(TASKS) not in sys.path:
+    sys.path.insert(0, str(TASKS))
 
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@dataclass
-class Running:
-    """Something in a thread that ends with its event."""
-
-    stop: threading.Event = field(default_factory=threading.Event)
-    outcome: list = field(default_factory=list)
-    thread: threading.Thread | None = None
-
-    def start(self, work) -> "Running":
-        def body():
-            try:
-                self.outcome.append(work())
-            except BaseException as error:
-                self.outcome.append(error)
-
-        self.thread = threading.Thread(target=body, daemon=True)
-        self.thread.start()
-        return self
-
-    def result(self):
-        self.thread.join(WAIT_S)
-        assert not self.thread.is_alive(), "still running"
-        return self.outcome[0]
-
-    def end(self):
-        self.stop.set()
-        return self.result()
-
-
-@dataclass
-class Place:
-    """A folder with everything one test federation needs."""
-
-    folder: Path
-    seams: Seams
-    port: int
-    public_keys: list[bytes]
-
-    @property
-    def certificates(self) -> CertificateFiles:
-        names = ("ca.crt", "ca.key", "server.crt", "server.key")
-        return CertificateFiles(*(self.folder / name for name in names))
-
-    def settings(self, **changes):
-        from medfed.server.link.superlink import LinkSettings
-
-        paths = self.certificates
-        values = {
-            "host": "127.0.0.1",
-            "port": self.port,
-            "admin_port": 0,
-            "certificate": paths.certificate,
-            "key": paths.key,
-            "certificate_authority": paths.authority,
-        }
-        return LinkSettings(**values | changes)
-
-    def serve(self, task: str, seams: Seams | None = None, **config) -> Running:
-        """Start a coordinator whose child runs ``task`` of medfed_test_tasks."""
-        from medfed.server.link.serve import ChildTask, serve
-
-        path = self.folder / "config.json"
-        path.write_text(json.dumps(config))
-        running = Running()
-        work = ChildTask(f"medfed_test_tasks:{task}", path)
-        return running.start(
-            lambda: serve(self.settings(), self.public_keys, work, seams or self.seams, running.stop)
-        )
-
-    def node(self, position: int, handle=lambda data: data, seams: Seams | None = None, **changes) -> Running:
-        """Start a hospital's node."""
-        from medfed.client.node import Node, NodeSettings
-
-        values = {
-            "server": f"localhost:{self.port}",
-            "certificate_authority": self.certificates.authority,
-            "node_key": self.folder / f"node{position}",
-        }
-        node = Node(NodeSettings(**values | changes), handle, seams or self.seams)
-        running = Running()
-        return running.start(lambda: node.run_forever(running.stop))
-
-    def result(self) -> dict:
-        return json.loads((self.folder / "result.json").read_text())
-
-
-def make_place(folder: Path, hospitals: int = 2) -> Place:
-    seams = system_seams()
-    keys = [create_node_key(seams.files, folder / f"node{i}").encode() for i in range(hospitals)]
-    place = Place(folder, seams, free_port(), keys)
-    create_authority(seams.files, place.certificates, seams.clock)
-    create_server_certificate(seams.files, place.certificates, ["localhost", "127.0.0.1"], seams.clock)
-    return place
+from medfed_test_federation import Place, make_place  # noqa: E402
 
 
 @pytest.fixture
@@ -123,15 +17,3 @@ def place(tmp_path, monkeypatch) -> Place:
     monkeypatch.setenv("PYTHONPATH", str(TASKS))
     monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flower-home"))
     return make_place(tmp_path)
-
-
-@contextmanager
-def running(*parts: Running):
-    """End everything, whatever the test does."""
-    try:
-        yield parts
-    finally:
-        for part in parts:
-            part.stop.set()
-        for part in parts:
-            part.thread.join(WAIT_S)

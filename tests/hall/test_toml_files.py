@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import Field, field_validator
+from pydantic import BaseModel, Field, field_validator
 
 from medfed.errors import ConfigError, EnvironmentFault, ExitStatus
 from medfed.seams import SystemFiles
@@ -213,3 +213,17 @@ def test_any_bytes_give_a_plan_or_one_line(noise: bytes, position: int) -> None:
         parse(data, "plan.toml", Plan)
     except ConfigError as error:
         assert str(error).isprintable() and error.code in {201, 202, 203}
+
+
+class Lenient(BaseModel):
+    rounds: int
+
+
+class Outer(StrictModel):
+    inner: tuple[Lenient, ...]
+
+
+@pytest.mark.parametrize("model", [Lenient, Outer])
+def test_model_that_would_ignore_unknown_keys_is_refused(model: type[BaseModel]) -> None:
+    with pytest.raises(TypeError, match="Lenient"):
+        parse(b"", "plan.toml", model)

@@ -11,6 +11,8 @@ from dp_accounting import dp_event
 from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from medfed.errors import ConfigError, PrivacyError
 from medfed.privacy.accounting import (
     ORDERS,
     Mechanism,
@@ -21,8 +23,6 @@ from medfed.privacy.accounting import (
     micro,
     sensitivity,
 )
-
-from medfed.errors import ConfigError, PrivacyError
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "rdp_epsilon.json").read_text())
 FINE = 2.0**18  # a grid so fine that integer noise is as good as continuous

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from medfed.privacy.keystream import Keystream
-from medfed.privacy.sampling import poisson_mask
 from scipy import stats
 
 from medfed.errors import ConfigError, LocalProtocolError
+from medfed.privacy.keystream import Keystream
+from medfed.privacy.sampling import poisson_mask
 
 
 def test_keystream_zero_key_gives_aes_known_answer():

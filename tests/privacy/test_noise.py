@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from medfed.privacy import noise
-from medfed.privacy.keystream import Keystream
-from medfed.privacy.noise import discrete_gaussian
 from scipy import stats
 
 from medfed.errors import ConfigError
+from medfed.privacy import noise
+from medfed.privacy.keystream import Keystream
+from medfed.privacy.noise import discrete_gaussian
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "discrete_gaussian.json").read_text())
 DRAWS = 200_000

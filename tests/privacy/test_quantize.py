@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from medfed.privacy.accounting import sensitivity
-from medfed.privacy.quantize import dequantize, grid_exponent, limit, quantize, unwrap, wrap, wrap_probability
 
 from medfed.errors import ConfigError, LocalProtocolError
+from medfed.privacy.accounting import sensitivity
+from medfed.privacy.quantize import dequantize, grid_exponent, limit, quantize, unwrap, wrap, wrap_probability
 
 RINGS = st.sampled_from([16, 32])
 VALUES = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=30)

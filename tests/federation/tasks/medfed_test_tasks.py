@@ -23,7 +23,9 @@ def until(condition, what: str, seconds: float = 30.0):
     raise TimeoutError(what)
 
 
-def ask(exchange: Exchange, payloads: dict[int, bytes], kind: Kind = Kind.TRAIN, timeout_s: float = 20.0) -> list[Reply]:
+def ask(
+    exchange: Exchange, payloads: dict[int, bytes], kind: Kind = Kind.TRAIN, timeout_s: float = 20.0
+) -> list[Reply]:
     for position, payload in payloads.items():
         exchange.send(position, kind, payload, timeout_s)
     replies: list[Reply] = []
@@ -40,7 +42,7 @@ def rounds(exchange: Exchange, config_path: Path) -> None:
     for number in range(config["rounds"]):
         begin = time.monotonic()
         payload = b"round %d" % number + bytes(config.get("size", 0))
-        replies = ask(exchange, {position: payload for position in everybody})
+        replies = ask(exchange, dict.fromkeys(everybody, payload))
         seconds.append(time.monotonic() - begin)
         answers.append([[r.position, r.fault or (r.payload or b"")[:40].decode()] for r in replies])
     result = {"seconds": seconds, "answers": answers, "token_in_argv": _token_visible()}

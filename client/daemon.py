@@ -1,0 +1,63 @@
+"""``medfed-client run``: one long-lived process that answers the coordinator for every approved study."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from medfed.client.approval import caps_of, load_approved
+from medfed.client.hospital import Hospital
+from medfed.client.ledger import Ledger, StudyState
+from medfed.client.participation import Noise, Participation
+from medfed.client.setup import open_site
+from medfed.client.site import Site
+from medfed.errors import ExitStatus, PrivacyError
+from medfed.privacy.noise import discrete_gaussian
+from medfed.seams import Seams, require_system_entropy
+
+log = logging.getLogger("medfed.client")
+
+
+@contextlib.contextmanager
+def open_hospital(site: Site, noise: Noise) -> Iterator[Hospital]:
+    """The hospital over its ledger, whose one-writer lock is held for the length of the block (MF-620 if taken).
+
+    Loads every approved study: its pinned files, model and data are checked now, so that a fault stops the start and
+    not a round. Withdrawn studies are left out; closed ones only repeat their last word.
+    """
+    identity = site.identity()
+    with Ledger.open(site.seams.files, site.ledger_path, identity) as ledger:
+        parts = []
+        for known in ledger.studies():
+            if known.state is StudyState.WITHDRAWN:
+                continue
+            approved = load_approved(site, known.approval.study, ledger)
+            parts.append(Participation(approved, identity, ledger, caps_of(site), site.seams, noise))
+        yield Hospital(identity, parts)
+
+
+def run_hospital(config_path: Path, seams: Seams, stop: threading.Event, *, once: bool) -> int:
+    """Serve until ``stop``. Seeded randomness is refused here (MF-701): it exists in simulations only."""
+    require_system_entropy(seams.entropy)
+    from medfed.client.node import Node, NodeSettings
+
+    site = open_site(seams, config_path)
+    with open_hospital(site, discrete_gaussian) as hospital:
+        if not hospital.studies:
+            raise PrivacyError(
+                123, "this hospital has approved no study", "medfed-client approve study.toml --peers ..."
+            )
+        coordinator = site.config.coordinator
+        settings = NodeSettings(
+            server=coordinator.address,
+            certificate_authority=site.folder / coordinator.ca_certificate,
+            node_key=site.node_key_path,
+            proxy=coordinator.proxy,
+            once=once,
+        )
+        log.info("hospital %s takes part in: %s", site.config.hospital.name, ", ".join(hospital.studies))
+        Node(settings, hospital.handle, seams).run_forever(stop)
+    return ExitStatus.HANDLED

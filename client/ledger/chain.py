@@ -1,0 +1,82 @@
+"""What must hold over the rows of a ledger, checked from the first to the last at every open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from medfed.client.ledger.entries import (
+    BODIES,
+    FORMAT,
+    MOVES,
+    NO_HASH,
+    AttemptState,
+    BegunBody,
+    Entry,
+    Kind,
+    altered,
+    damage,
+    row_hash,
+)
+from medfed.errors import PrivacyError
+
+
+def check_chain(entries: Sequence[Entry], highest_ever: int) -> None:
+    """Rows are numbered from 1 without a gap, each with its own hash, a readable body and the hash of the one before.
+
+    ``highest_ever``: SQLite's counter, which a deleted tail leaves behind.
+    """
+    previous = NO_HASH
+    for number, entry in enumerate(entries, start=1):
+        if entry.seq != number or entry.previous != previous:
+            raise damage(404, f"ledger chain is broken at row {number}")
+        contents = (entry.seq, entry.kind.value, entry.study, entry.attempt, entry.body, entry.previous)
+        if entry.hash != row_hash(*contents):
+            raise altered(number)
+        entry.read(BODIES[entry.kind])
+        previous = entry.hash
+    if highest_ever != len(entries):
+        raise damage(402, f"ledger is truncated: {highest_ever} rows were written, {len(entries)} are there")
+
+
+def check_moves(entries: Iterable[Entry]) -> None:
+    """Every attempt only ever made legal moves, each in an approved study, each attempt number above the last."""
+    states: dict[tuple[bytes, int], AttemptState] = {}
+    highest: dict[bytes, int] = {}
+    for entry in entries:
+        if entry.kind is Kind.APPROVED:
+            highest[entry.study] = 0
+        if entry.attempt == 0:
+            continue
+        key, move = (entry.study, entry.attempt), AttemptState(entry.kind.value)
+        if move not in MOVES[states.get(key)] or entry.study not in highest:
+            raise altered(entry.seq)
+        if move is AttemptState.RESERVED:
+            if entry.attempt <= highest[entry.study]:
+                raise altered(entry.seq)
+            highest[entry.study] = entry.attempt
+        states[key] = move
+
+
+def check_owner(first: Entry, public: bytes) -> None:
+    """The first row begins the ledger of the holder of ``public``."""
+    if first.kind is not Kind.BEGUN:
+        raise altered(first.seq)
+    if first.read(BegunBody).identity != public.hex():
+        raise damage(404, "ledger belongs to another identity")
+
+
+class _AnyBegunBody(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+    format: int
+
+
+def check_format(first_body: str) -> None:
+    """A newer medfed may have added keys and tables: its number is read before anything else is judged."""
+    try:
+        begun = _AnyBegunBody.model_validate_json(first_body)
+    except ValidationError as error:
+        raise altered(1) from error
+    if begun.format > FORMAT:
+        raise PrivacyError(406, f"ledger has format {begun.format}, this medfed knows {FORMAT}", "upgrade medfed")

@@ -1,0 +1,207 @@
+"""Looking at a ledger: what was approved, what is spent, what is left, whether it verifies."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from medfed.client.ledger.accounts import (
+    AccountView,
+    Approval,
+    ApprovalOutlook,
+    ApprovedStudy,
+    Caps,
+    Prices,
+    StudyState,
+    account_of,
+    price,
+    require_lifetime_fits,
+    require_study_fits,
+)
+from medfed.client.ledger.entries import HASH_BYTES, AttemptState, Entry, Head, Kind, SealedBody
+from medfed.client.ledger.rows import approved_study
+from medfed.client.ledger.store import Store
+from medfed.errors import DataError, LocalProtocolError, PrivacyError
+from medfed.identity import Identity
+from medfed.seams import Files
+
+_ENDS = {Kind.CLOSED: StudyState.CLOSED, Kind.WITHDRAWN: StudyState.WITHDRAWN}
+_Self = TypeVar("_Self", bound="LedgerView")
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """SHA-256 of the noised vector and of the reply's bytes, and the id of the pad between them."""
+
+    vector: bytes
+    pad: bytes
+    reply: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """A ledger that verified: every row, signature, legal move and patient snapshot."""
+
+    entries: int
+    studies: int
+    attempts: int
+    head: Head
+
+
+class LedgerView:
+    """A ledger that can only be read; context manager."""
+
+    def __init__(self, store: Store, stack: contextlib.ExitStack) -> None:
+        self._store = store
+        self._stack = stack
+        self._prices = Prices()
+
+    @staticmethod
+    def inspect(files: Files, path: Path, identity: Identity) -> LedgerView:
+        """Open for looking only, beside a running hospital: no lock, and SQLite refuses every write."""
+        with contextlib.ExitStack() as stack:
+            connection = files.database(path, create=False)
+            stack.callback(connection.close)
+            store = Store.attach_reader(connection, identity)
+            store.check()
+            return LedgerView(store, stack.pop_all())
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def attempt_status(self, study: bytes, attempt: int) -> AttemptState | None:
+        """How far an attempt came; None if it was never charged."""
+        rows = self._store.select("WHERE study = ? AND attempt = ? ORDER BY seq DESC LIMIT 1", (study, attempt))
+        return AttemptState(rows[0].kind.value) if rows and attempt else None
+
+    def sealed(self, study: bytes, attempt: int) -> Sealed | None:
+        """What an attempt was sealed with: a reply in the outbox must match it to be sent (again)."""
+        rows = self._store.select("WHERE study = ? AND attempt = ? AND kind = 'SEALED'", (study, attempt))
+        if not rows:
+            return None
+        body = rows[0].read(SealedBody)
+        return Sealed(bytes.fromhex(body.vector), bytes.fromhex(body.pad), bytes.fromhex(body.reply))
+
+    def highest_attempt(self, study: bytes) -> int:
+        """The last attempt charged; 0 before the first. ``PrivacyError`` (MF-123) if the study was never approved."""
+        return self.approved(study).highest_attempt
+
+    def highest_wall(self) -> float:
+        """The latest time any row states: expiry is judged by this or the clock, whichever is later."""
+        return self._store.latest_wall()
+
+    def approved(self, study: bytes) -> ApprovedStudy:
+        """The approval of a study, open or ended; ``PrivacyError`` (MF-123) if there is none."""
+        known = self._find(study)
+        if known is None:
+            raise PrivacyError(123, "this hospital has not approved that study", "medfed-client approve study.toml")
+        return known
+
+    def patients(self, study: bytes) -> frozenset[bytes]:
+        """Keyed hashes of the patients in the study's snapshot."""
+        return self._store.patients_of(self.approved(study).seq)
+
+    def studies(self) -> tuple[ApprovedStudy, ...]:
+        """Every approval, in order."""
+        ends = {row.study: _ENDS[row.kind] for row in self._store.select("WHERE kind IN ('CLOSED', 'WITHDRAWN')")}
+        tallies = self._store.tallies()
+        return tuple(
+            approved_study(row, ends.get(row.study, StudyState.OPEN), *tallies.get(row.study, (0, 0)))
+            for row in self._store.select("WHERE kind = 'APPROVED' ORDER BY seq")
+        )
+
+    def _find(self, study: bytes) -> ApprovedStudy | None:
+        return next((known for known in self.studies() if known.approval.study == study), None)
+
+    def account(self, study: bytes, caps: Caps) -> AccountView:
+        """Where a study and the account of its patients stand; MF-123 if the study was never approved."""
+        known = self.approved(study)
+        account = account_of(self.studies(), {known.seq})
+        mechanism, delta = known.approval.mechanism, known.approval.delta
+        return AccountView(
+            study=study,
+            state=known.state,
+            delta=delta,
+            epsilon_spent=price(self._prices.of(mechanism, known.events), delta),
+            epsilon_reserved=price(self._prices.of(mechanism, known.promised), delta),
+            attempts_used=known.events,
+            attempts_left=known.attempts_left,
+            lifetime_delta=caps.lifetime_delta,
+            lifetime_spent=price(self._prices.spent(account), caps.lifetime_delta),
+            lifetime_reserved=price(self._prices.promised(account), caps.lifetime_delta),
+            account=tuple(other.approval.study for other in account if other.seq != known.seq),
+        )
+
+    def entries(self) -> tuple[Entry, ...]:
+        """Every row, in order."""
+        return tuple(self._store.select())
+
+    def head(self) -> Head:
+        """The last row's number, hash and signature."""
+        last = self._store.last()
+        if last is None:
+            raise PrivacyError(402, "ledger is empty", "restore the latest backup")
+        return last.head
+
+    def verify(self) -> VerifyReport:
+        """Check everything, each row's signature included; raises as ``open`` does."""
+        head = self._store.check(every_signature=True)
+        studies = self.studies()
+        return VerifyReport(head.seq, len(studies), sum(study.events for study in studies), head)
+
+    def check_witness(self, witness: Head, public: bytes) -> None:
+        """Compare with a head of this ledger that someone else kept.
+
+        Raises: ``RemoteProtocolError`` 110 if the witness is forged (and proves nothing); ``PrivacyError`` 405 if the
+        ledger is older than the witness or took another way since.
+        """
+        witness.check(public)
+        rows = self._store.select("WHERE seq = ?", (witness.seq,))
+        if not rows or rows[0].hash != witness.hash:
+            raise PrivacyError(
+                405,
+                f"ledger has {self.head().seq} rows, but row {witness.seq} was seen with other contents or is missing",
+                "this is an old or a second copy: stop, restore the latest one",
+            )
+
+    def preview(self, approval: Approval, patients: Iterable[bytes], caps: Caps) -> ApprovalOutlook:
+        """What ``approve`` would say, without writing."""
+        return self._look_ahead(approval, frozenset(patients), caps)[0]
+
+    def _look_ahead(
+        self, approval: Approval, patients: frozenset[bytes], caps: Caps
+    ) -> tuple[ApprovalOutlook, frozenset[int]]:
+        if not patients:
+            raise DataError(310, "the data hold no patient for this study", "check the data and the hold-out")
+        if any(len(patient) != HASH_BYTES for patient in patients):
+            raise LocalProtocolError(900, "a patient hash is malformed", "report this as a fault of medfed")
+        touching = self._store.approvals_touching(patients)
+        account = account_of(self.studies(), touching)
+        listed = self._prices.of(approval.mechanism, approval.attempts)
+        before = self._prices.promised(account)
+        study = require_study_fits(listed, approval.delta, caps)
+        after = require_lifetime_fits(before + listed, caps)
+        hashes = tuple(other.approval.study for other in account)
+        return ApprovalOutlook(study, price(before, caps.lifetime_delta), after, hashes), touching
+
+    def _outlook_of(self, known: ApprovedStudy, caps: Caps) -> ApprovalOutlook:
+        account = account_of(self.studies(), {known.seq})
+        others = tuple(other for other in account if other.seq != known.seq)
+        return ApprovalOutlook(
+            price(self._prices.of(known.approval.mechanism, known.approval.attempts), known.approval.delta),
+            price(self._prices.promised(others), caps.lifetime_delta),
+            price(self._prices.promised(account), caps.lifetime_delta),
+            tuple(other.approval.study for other in others),
+        )

@@ -1,0 +1,198 @@
+"""What this hospital allows: ``hospital.toml``, and the refusal of every study that asks for more.
+
+The file is sovereign. Nothing a study or the coordinator says can widen it, and nothing that carries a guarantee has a
+default: a hospital that has not decided does not take part.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from medfed.client.ledger import Caps
+from medfed.errors import PrivacyError
+from medfed.seams import Files
+from medfed.study import Study
+from medfed.toml_files import StrictModel, load
+
+Text = Annotated[str, Field(min_length=1, max_length=256)]
+PathText = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]+$")]
+Host = r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\])"
+Epsilon = Annotated[float, Field(gt=0, le=1000)]
+MIN_HOSPITALS = 3
+
+
+class HospitalSection(StrictModel):
+    """Who this is. Identity, keys, ledger and outbox lie beside ``hospital.toml``."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$", description="letters, digits, ._- ")]
+
+
+class CoordinatorSection(StrictModel):
+    """Where the coordinator is and how it is recognised. Paths are relative to the folder of ``hospital.toml``.
+
+    ``proxy`` is an HTTP proxy for the outbound connection; ``identity`` the fingerprint (64 hex digits, blanks
+    allowed) of the coordinator's key, read out over the telephone.
+    """
+
+    address: Annotated[str, Field(pattern=rf"^{Host}:[0-9]{{1,5}}$", description='"host:port"')]
+    ca_certificate: PathText
+    proxy: Annotated[str, Field(pattern=r"^https?://\S+$", max_length=512, description='"http://host:port"')] | None = (
+        None
+    )
+    identity: Annotated[str, Field(pattern=r"^[0-9a-fA-F ]{64,79}$", description="64 hex digits")] | None = None
+
+    @field_validator("address")
+    @classmethod
+    def _port(cls, address: str) -> str:
+        if not 1 <= int(address.rpartition(":")[2]) <= 65535:
+            raise ValueError("must end in a port from 1 to 65535")
+        return address
+
+    @field_validator("identity")
+    @classmethod
+    def _digits(cls, identity: str | None) -> str | None:
+        plain = identity.replace(" ", "").lower() if identity else None
+        if plain is not None and len(plain) != 64:
+            raise ValueError("must have 64 hex digits")
+        return plain
+
+
+class DataSection(StrictModel):
+    """Where the records are.
+
+    ``columns`` maps the study's name of a column to the local one, where they differ. ``holdout`` is the share of
+    patients, by a keyed hash of their id, that never train.
+    """
+
+    path: PathText
+    patient_column: Text
+    columns: Annotated[dict[Text, Text], Field(default_factory=dict, max_length=10_000)]
+    holdout: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+
+    @field_validator("columns")
+    @classmethod
+    def _one_to_one(cls, columns: dict[str, str]) -> dict[str, str]:
+        if len(set(columns.values())) != len(columns):
+            raise ValueError("names one local column twice")
+        return columns
+
+
+class Policy(StrictModel):
+    """The bounds, every one of which must be set, and the gate: a study passes ``admit`` or is refused by name."""
+
+    max_epsilon_study: Annotated[Epsilon, Field(description="most a study may cost one patient, at its own delta")]
+    max_epsilon_lifetime: Annotated[Epsilon, Field(description="most all studies together may cost one patient")]
+    lifetime_delta: Annotated[float, Field(gt=0, le=0.01, description="the delta of max_epsilon_lifetime")]
+    max_delta: Annotated[float, Field(gt=0, le=0.01)]
+    min_noise_multiplier: Annotated[float, Field(gt=0, le=10_000)]
+    min_hospitals: Annotated[int, Field(ge=MIN_HOSPITALS, le=128)]
+    min_colluders: Annotated[int, Field(ge=1, le=126, description="how many bad hospitals a study must allow for")]
+    modes: Annotated[list[Literal["local", "distributed"]], Field(min_length=1, max_length=2)]
+    units: Annotated[list[Literal["patient", "record"]], Field(min_length=1, max_length=2)]
+    max_attempts: Annotated[int, Field(ge=1, le=110_000)]
+    max_records_per_patient: Annotated[int, Field(ge=1, le=10_000)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Policy:
+        if self.max_epsilon_study > self.max_epsilon_lifetime:
+            raise ValueError("max_epsilon_study must not exceed max_epsilon_lifetime")
+        return self
+
+    @property
+    def caps(self) -> Caps:
+        """The ledger's caps on epsilon, which ``Ledger.approve`` and ``Ledger.reserve`` hold a study to."""
+        return Caps(self.max_epsilon_study, self.max_epsilon_lifetime, self.lifetime_delta)
+
+    def admit(self, study: Study) -> None:
+        """Raise ``PrivacyError`` for the first bound that ``study`` breaks.
+
+        130 noise multiplier, 131 delta, 132 attempts, 134 mode, unit or record cap, 140 too few hospitals, 141
+        colluders. Epsilon is not judged here: the ledger does (MF-501), over the whole account.
+        """
+        self._admit_noise(study)
+        self._admit_kind(study)
+        self._admit_cohort(study)
+
+    def _admit_noise(self, study: Study) -> None:
+        privacy, attempts = study.privacy, study.training.rounds + study.training.spare_attempts
+        # written so that a NaN is refused as well
+        _need(
+            privacy.noise_multiplier >= self.min_noise_multiplier and privacy.noise_multiplier < float("inf"),
+            130,
+            f"noise multiplier {privacy.noise_multiplier:g} is below this hospital's {self.min_noise_multiplier:g}",
+            "min_noise_multiplier",
+        )
+        _need(
+            0 < privacy.delta <= self.max_delta,
+            131,
+            f"delta {privacy.delta:g} is above this hospital's {self.max_delta:g}",
+            "max_delta",
+        )
+        _need(
+            0 < privacy.sampling_rate <= 1,
+            132,
+            f"sampling rate {privacy.sampling_rate:g} is outside (0, 1]",
+            None,
+        )
+        _need(
+            1 <= attempts <= self.max_attempts,
+            132,
+            f"{study.training.rounds} rounds and {study.training.spare_attempts} spare attempts "
+            f"are more than this hospital's {self.max_attempts}",
+            "max_attempts",
+        )
+
+    def _admit_kind(self, study: Study) -> None:
+        privacy, most = study.privacy, study.data.max_records_per_patient
+        _need(privacy.mode in self.modes, 134, f'mode "{privacy.mode}" is not allowed here', "modes")
+        _need(privacy.unit in self.units, 134, f'privacy unit "{privacy.unit}" is not allowed here', "units")
+        _need(
+            1 <= most <= self.max_records_per_patient,
+            134,
+            f"{most} records per patient are more than this hospital's {self.max_records_per_patient}",
+            "max_records_per_patient",
+        )
+
+    def _admit_cohort(self, study: Study) -> None:
+        cohort = study.cohort
+        _need(
+            cohort.hospitals >= self.min_hospitals,
+            140,
+            f"{cohort.hospitals} hospitals are fewer than this hospital's {self.min_hospitals}",
+            "min_hospitals",
+        )
+        _need(
+            cohort.colluders >= self.min_colluders,
+            141,
+            f"the study allows for {cohort.colluders} colluding hospitals, this hospital wants {self.min_colluders}",
+            "min_colluders",
+        )
+        _need(
+            cohort.hospitals - cohort.colluders >= 2,
+            141,
+            f"{cohort.colluders} colluders leave fewer than two honest hospitals of {cohort.hospitals}",
+            None,
+        )
+
+
+class HospitalConfig(StrictModel):
+    """``hospital.toml``."""
+
+    hospital: HospitalSection
+    coordinator: CoordinatorSection
+    data: DataSection
+    policy: Policy
+
+
+def load_hospital(files: Files, path: Path) -> HospitalConfig:
+    """Read ``hospital.toml``; every fault is one ``ConfigError`` line (201, 202, 203)."""
+    return load(files, path, HospitalConfig)
+
+
+def _need(holds: bool, code: int, what: str, key: str | None) -> None:
+    if not holds:
+        remedy = f"ask for another study, or change {key} in hospital.toml" if key else "ask for a corrected study"
+        raise PrivacyError(code, what, remedy)

@@ -1,0 +1,111 @@
+"""Making a hospital's folder: keys, ledger, configuration, enrolment document."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from medfed.client.ledger import Ledger
+from medfed.client.policy import HospitalConfig
+from medfed.client.site import CONFIG_NAME, Site, load_site
+from medfed.errors import ConfigError
+from medfed.identity import create_identity, create_node_key
+from medfed.roster import Enrolment, enrol, load_enrolment
+from medfed.seams import Seams
+from medfed.toml_files import parse
+
+
+@dataclass(frozen=True, slots=True)
+class SiteOptions:
+    """What ``medfed-client init`` is told. The caps have no defaults: a hospital decides them."""
+
+    name: str
+    nominal_patients: int
+    coordinator: str
+    ca_certificate: str
+    proxy: str | None
+    data: str
+    patient_column: str
+    holdout: float
+    max_epsilon_study: float
+    max_epsilon_lifetime: float
+    lifetime_delta: float
+    max_delta: float
+    min_colluders: int
+
+
+def init_site(seams: Seams, folder: Path, options: SiteOptions) -> Enrolment:
+    """Lay out a new hospital's folder; refuses (MF-212) one that is in use, and writes nothing if an option is wrong."""
+    text = _config_text(options)
+    config_path = folder / CONFIG_NAME
+    if seams.files.exists(config_path):
+        raise ConfigError(212, f"{CONFIG_NAME} exists in this folder", "edit it, or name another folder")
+    config = parse(text.encode(), CONFIG_NAME, HospitalConfig)
+    seams.files.make_folder(folder, private=True)
+    site = Site(folder, config, seams)
+    identity = create_identity(seams.files, site.identity_path, seams.entropy)
+    node_key = create_node_key(seams.files, site.node_key_path)
+    seams.files.write(site.patients_key_path, seams.entropy.draw("patients", 32), private=True)
+    Ledger.create(seams.files, site.ledger_path, identity).close()
+    document = enrol(identity, options.name, node_key, options.nominal_patients)
+    seams.files.write(site.enrolment_path, document.to_bytes())
+    seams.files.write(config_path, text.encode())  # last: its presence says that the folder is complete
+    return document
+
+
+def renew_enrolment(site: Site, nominal_patients: int) -> Enrolment:
+    """A new document with another declared number of patients; same identity, same node key."""
+    old = load_enrolment(site.seams.files, site.enrolment_path)
+    document = enrol(site.identity(), site.config.hospital.name, old.node_key, nominal_patients)
+    site.seams.files.write(site.enrolment_path, document.to_bytes())
+    return document
+
+
+def _quoted(text: str) -> str:
+    """A TOML basic string: JSON's escapes are a subset of TOML's."""
+    return json.dumps(text)
+
+
+def _config_text(options: SiteOptions) -> str:
+    proxy = '# proxy = "http://proxy.example:3128"' if options.proxy is None else f"proxy = {_quoted(options.proxy)}"
+    return f"""\
+# What this hospital allows. Sovereign: nothing a study or the coordinator says can widen it.
+
+[hospital]
+name = {_quoted(options.name)}
+
+[coordinator]
+address = {_quoted(options.coordinator)}          # host:port; the only connection this hospital makes
+ca_certificate = {_quoted(options.ca_certificate)}  # the authority of the coordinator's certificate (or a bundle)
+{proxy}
+
+[data]
+path = {_quoted(options.data)}                # one row a record
+patient_column = {_quoted(options.patient_column)}   # tells which records are one patient's
+holdout = {options.holdout}                    # share of patients set aside for this hospital's own evaluation
+
+[data.columns]                       # study's name = "name in this file", where they differ
+
+[policy]
+max_epsilon_study = {options.max_epsilon_study}          # a study may not cost a patient more, all attempts included
+max_epsilon_lifetime = {options.max_epsilon_lifetime}       # all studies on these patients together, for ever
+lifetime_delta = {options.lifetime_delta}         # the delta at which the lifetime is counted
+max_delta = {options.max_delta}              # largest delta of a study
+min_noise_multiplier = 0.5           # less noise than this is no protection worth the name
+min_hospitals = 3                    # fewest hospitals in a sum
+min_colluders = {options.min_colluders}                    # a study must withstand at least this many hospitals colluding
+modes = ["local", "distributed"]     # local: this hospital's noise alone protects; distributed: shared noise
+units = ["patient"]                  # "record" protects one record, not a person: add it only if you mean it
+max_attempts = 10000                 # most rounds and spare attempts of a study
+max_records_per_patient = 1000       # largest cap a study may ask for
+"""
+
+
+def open_site(seams: Seams, config_path: Path) -> Site:
+    """An existing hospital's folder, with its document checked against its identity."""
+    site = load_site(seams, config_path)
+    document = load_enrolment(seams.files, site.enrolment_path)
+    if document.public != site.identity().public:
+        raise ConfigError(144, "enrolment.json is not of this identity", "restore both from the same backup")
+    return site

@@ -1,0 +1,95 @@
+"""What the three commands share: arguments, one-line errors, exit statuses, logging to standard error."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from medfed.errors import ConfigError, ExitStatus, MedfedError
+
+EXIT_HELP = (
+    "exit status: 0 done, 2 usage or unreadable input, 3 refused by policy, 4 integrity, 5 budget, 6 environment, "
+    "130 interrupted (resumable)"
+)
+
+Action = Callable[[argparse.Namespace], int]
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line with a code (MF-100), not in a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(100, message.replace("\n", " "), f"see {self.prog} --help")
+
+
+def new_parser(program: str, description: str) -> tuple[Parser, argparse._SubParsersAction[Parser]]:
+    """A command with subcommands; each subcommand sets ``action``."""
+    parser = Parser(prog=program, description=description, epilog=EXIT_HELP)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and debug logs")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    return parser, commands
+
+
+def run_command(parser: Parser, argv: Sequence[str] | None) -> int:
+    """Parse, act, and turn every outcome into an exit status and at most one line on standard error."""
+    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    try:
+        arguments = parser.parse_args(argv)
+        _log_to_stderr(arguments.debug)
+        action: Action = arguments.action
+        return action(arguments)
+    except MedfedError as error:
+        return _fail(str(error), error.exit_status, debug)
+    except KeyboardInterrupt:
+        return _fail("interrupted; start again to resume", ExitStatus.INTERRUPTED, debug)
+    except BrokenPipeError:
+        # the reader of our output went away: nothing more can be said there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitStatus.USAGE
+    except Exception as error:  # the class name only: an exception's text may hold patients' data
+        what = f"MF-900 internal error ({type(error).__name__}): please report it; --debug shows where"
+        return _fail(what, ExitStatus.INTEGRITY, debug)
+
+
+def _fail(line: str, status: ExitStatus, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    sys.stderr.write(line + "\n")
+    return status
+
+
+def _log_to_stderr(debug: bool) -> None:
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+        stream=sys.stderr,
+        force=True,
+    )
+    for name in ("httpx", "httpcore", "flwr", "matplotlib", "absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def say(text: str) -> None:
+    """A line of the result, on standard output."""
+    sys.stdout.write(text + "\n")
+
+
+def say_json(value: object) -> None:
+    say(json.dumps(value, indent=1))
+
+
+def confirm(question: str, *, assume_yes: bool) -> bool:
+    """Ask a person at the terminal; without a terminal only ``assume_yes`` says yes."""
+    if assume_yes:
+        return True
+    if not sys.stdin.isatty():
+        raise ConfigError(100, "a person has to confirm this", "answer at a terminal, or pass --yes")
+    sys.stdout.write(f"{question} [yes/no] ")
+    sys.stdout.flush()
+    return sys.stdin.readline().strip().lower() == "yes"

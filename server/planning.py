@@ -1,0 +1,136 @@
+"""From a task and a few decisions to a study: calibrated, pinned to its roster and first model, with comments to read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from medfed.errors import ConfigError
+from medfed.models import catalogue, parameters
+from medfed.privacy import plan as plans
+from medfed.roster import Roster
+from medfed.seams import Files
+from medfed.study import (
+    Cohort,
+    DataContract,
+    Deadlines,
+    Header,
+    ModelChoice,
+    Privacy,
+    Quantization,
+    Study,
+    Task,
+    Training,
+)
+from medfed.toml_files import StrictModel, load
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+class ModelShape(StrictModel):
+    """A model of the catalogue, before its first weights exist."""
+
+    name: Literal["logistic-regression", "mlp"]
+    hidden: Annotated[list[int], Field(max_length=8)]
+
+
+class TaskFile(StrictModel):
+    """The part of a study that is medicine and optimisation: what is predicted from what, by which model.
+
+    What carries the guarantee (epsilon, delta, mode, unit, colluders) is not in it: it is decided for each study.
+    """
+
+    purpose: Annotated[str, Field(min_length=1, max_length=500)]
+    task: Task
+    data: DataContract
+    model: ModelShape
+    training: Training
+    sampling_rate: Annotated[float, Field(gt=0.0, le=1.0)]
+    clipping_norm: Annotated[float, Field(gt=0.0, le=1000.0)]
+    deadlines: Deadlines
+
+
+def template_names() -> list[str]:
+    """Tasks that come with medfed."""
+    return sorted(path.stem for path in TEMPLATES.glob("*.toml"))
+
+
+def load_task(files: Files, name: str) -> TaskFile:
+    """A task file by path, or one of ``template_names``."""
+    path = TEMPLATES / f"{name}.toml" if name in template_names() else Path(name)
+    if not files.exists(path):
+        raise ConfigError(606, f"task {name} not found", f"name a file, or one of {', '.join(template_names())}")
+    return load(files, path, TaskFile)
+
+
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """What the coordinator decides for one study. ``epsilon`` holds for all attempts together."""
+
+    name: str
+    expires: str
+    epsilon: float
+    delta: float
+    mode: Literal["local", "distributed"]
+    unit: Literal["patient", "record"]
+    colluders: int
+
+
+def plan_study(task: TaskFile, decisions: Decisions, roster: Roster) -> tuple[Study, bytes]:
+    """The study and its first model's safetensors file. The noise is calibrated for rounds and spares together.
+
+    A model with random first weights takes them from torch's generator, seeded by the operating system: first weights
+    are public and carry no secret.
+
+    Raises: ``ConfigError`` MF-203 for values no study may have, ``PrivacyError`` MF-145 for a ring too narrow.
+    """
+    largest = max(entry.nominal_patients for entry in roster.hospitals)
+    try:
+        draft = Study(
+            study=Header(format=1, name=decisions.name, purpose=task.purpose, expires=decisions.expires),
+            task=task.task,
+            data=task.data,
+            model=ModelChoice(name=task.model.name, hidden=task.model.hidden, first_model_sha256="0" * 64),
+            training=task.training,
+            privacy=Privacy(
+                unit=decisions.unit,
+                adjacency="add-remove",
+                mode=decisions.mode,
+                sampling_rate=task.sampling_rate,
+                clipping_norm=task.clipping_norm,
+                noise_multiplier=1.0,
+                delta=decisions.delta,
+                epsilon=decisions.epsilon,
+            ),
+            quantization=Quantization(ring_bits=32, range=_range(task, largest)),
+            cohort=Cohort(
+                hospitals=len(roster.hospitals), colluders=decisions.colluders, roster_sha256=roster.hash().hex()
+            ),
+            deadlines=task.deadlines,
+        )
+    except ValueError as error:
+        raise ConfigError(
+            203, f"these decisions make no study: {_first_line(error)}", "see medfed-server study new -h"
+        ) from error
+    model = catalogue.build(draft)
+    model_file = parameters.to_safetensors(model, parameters.flatten(model))
+    pinned = draft.model.model_copy(update={"first_model_sha256": parameters.file_hash(model_file)})
+    study = plans.calibrate(draft.model_copy(update={"model": pinned}), parameters.count(model), decisions.epsilon)
+    plans.make_plan(study, parameters.count(model))
+    return study, model_file
+
+
+def _range(task: TaskFile, largest_hospital: int) -> float:
+    """A power of two that no coordinate of a hospital's clipped sum exceeds if its size is as declared."""
+    expected = task.sampling_rate * largest_hospital * task.clipping_norm
+    spread = 6.0 * math.sqrt(task.sampling_rate * largest_hospital) * task.clipping_norm
+    return 2.0 ** math.ceil(math.log2(min(largest_hospital * task.clipping_norm, expected + spread)))
+
+
+def _first_line(error: ValueError) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[1:3]) if len(lines) > 2 else str(error)

@@ -1,0 +1,121 @@
+"""Making a coordinator's folder: authority, certificate, identity, configuration; and the roster.
+
+server.toml              where to listen, which study to run
+identity.key             Ed25519, signs every request to hospitals
+tls/                     the authority and the server's certificate
+roster.json              the enrolled hospitals
+studies/HASH/            checkpoints, final model and results of a run
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from medfed.errors import ConfigError
+from medfed.identity import Identity, create_identity, load_identity
+from medfed.roster import Enrolment, Roster, load_enrolment, load_roster
+from medfed.seams import Seams
+from medfed.server.certificates import CertificateFiles, create_authority, create_server_certificate
+from medfed.toml_files import StrictModel, load
+
+CONFIG_NAME, ROSTER_NAME, STUDY_NAME, MODEL_NAME = "server.toml", "roster.json", "study.toml", "first_model.safetensors"
+
+
+def certificate_files(folder: Path) -> CertificateFiles:
+    """Where a coordinator's TLS files lie."""
+    tls = folder / "tls"
+    return CertificateFiles(tls / "ca.crt", tls / "ca.key", tls / "server.crt", tls / "server.key")
+
+
+class Listen(StrictModel):
+    """The public port takes hospitals only; the admin port serves this machine only."""
+
+    host: Annotated[str, Field(min_length=1, max_length=253)]
+    port: Annotated[int, Field(ge=0, le=65535)]
+    admin_port: Annotated[int, Field(ge=0, le=65535)]
+
+
+class Run(StrictModel):
+    study: Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class ServerConfig(StrictModel):
+    """``server.toml``."""
+
+    listen: Listen
+    run: Run
+
+
+@dataclass(frozen=True, slots=True)
+class Office:
+    """The coordinator's folder, opened."""
+
+    folder: Path
+    config: ServerConfig
+    seams: Seams
+
+    @property
+    def certificates(self) -> CertificateFiles:
+        return certificate_files(self.folder)
+
+    @property
+    def study_path(self) -> Path:
+        return self.folder / self.config.run.study
+
+    def identity(self) -> Identity:
+        return load_identity(self.seams.files, self.folder / "identity.key")
+
+
+def init_office(seams: Seams, folder: Path, names: Sequence[str], port: int, admin_port: int) -> Identity:
+    """Lay out a new coordinator's folder; ``names`` are the host names and addresses hospitals will use."""
+    if seams.files.exists(folder / CONFIG_NAME):
+        raise ConfigError(212, f"{CONFIG_NAME} exists in this folder", "edit it, or name another folder")
+    seams.files.make_folder(folder, private=True)
+    seams.files.make_folder(folder / "tls", private=True)
+    create_authority(seams.files, certificate_files(folder), seams.clock)
+    create_server_certificate(seams.files, certificate_files(folder), names, seams.clock)
+    identity = create_identity(seams.files, folder / "identity.key", seams.entropy)
+    seams.files.write(folder / CONFIG_NAME, _config_text(port, admin_port).encode())
+    return identity
+
+
+def _config_text(port: int, admin_port: int) -> str:
+    return f"""\
+[listen]
+host = "0.0.0.0"                 # the address hospitals' connections come in on
+port = {port}                      # open this port, and no other, to the hospitals
+admin_port = {admin_port}                # loopback only; never open it
+
+[run]
+study = {json.dumps("study/" + STUDY_NAME)}        # made by: medfed-server study new
+"""
+
+
+def load_office(seams: Seams, config_path: Path) -> Office:
+    """Open a coordinator's folder by its ``server.toml``."""
+    config = load(seams.files, config_path, ServerConfig)
+    return Office(config_path.resolve().parent, config, seams)
+
+
+def enroll(seams: Seams, folder: Path, paths: Sequence[Path]) -> Roster:
+    """Put hospitals' documents into the roster. A hospital of the same name gets its entry replaced, others are added."""
+    identity = load_identity(seams.files, folder / "identity.key")
+    roster_path = folder / ROSTER_NAME
+    entries: dict[str, Enrolment] = {}
+    if seams.files.exists(roster_path):
+        entries = {entry.hospital: entry for entry in load_roster(seams.files, roster_path).hospitals}
+    for path in paths:
+        document = load_enrolment(seams.files, path)
+        entries[document.hospital] = document
+    if not 1 <= len(entries) <= 128:
+        raise ConfigError(140, f"{len(entries)} hospitals", "a roster holds 1 to 128")
+    roster = Roster(format="medfed-roster-1", coordinator=identity.public.hex(), hospitals=list(entries.values()))
+    roster.check()
+    seams.files.write(roster_path, roster.to_bytes())
+    return roster

@@ -1,0 +1,80 @@
+"""A study as a file that people read: TOML with a comment at every line that needs one.
+
+``render`` is checked against the parser: what it writes is the study it was given, to the last bit.
+"""
+
+from __future__ import annotations
+
+import json
+
+from medfed.errors import LocalProtocolError
+from medfed.study import Study
+from medfed.toml_files import parse
+
+_HEADS = {
+    "study": "What this study is. Hospitals approve it by the hash of its contents (comments do not count).",
+    "task": "What is predicted.",
+    "data": "What a record must look like at every hospital. All constants are public.",
+    "model": "Which model of medfed's catalogue, and the SHA-256 of its first weights' file.",
+    "training": "How it is trained.",
+    "privacy": "What the guarantee rests on.",
+    "quantization": "The integer grid of the masked sums.",
+    "cohort": "Who takes part: the roster's hash.",
+    "deadlines": "Seconds.",
+}
+_NOTES = {
+    "study.expires": "last day, UTC",
+    "data.max_records_per_patient": "more records of a patient are subsampled afresh each round",
+    "training.aggregate": "one clipped gradient sum a round",
+    "training.spare_attempts": "rounds that may be lost; the noise is calibrated for rounds + spare_attempts",
+    "training.learning_rates": "[from round, rate]",
+    "training.average_last_rounds": "the released model is the mean over these rounds",
+    "privacy.unit": "who is protected: a patient with all records",
+    "privacy.mode": "local: each hospital's own noise suffices; distributed: shares of noise add up in the sum",
+    "privacy.sampling_rate": "chance of each patient to be in a round",
+    "privacy.clipping_norm": "C: most that one patient can move a sum (L2)",
+    "privacy.noise_multiplier": "noise / sensitivity",
+    "privacy.epsilon": "claimed for all attempts together; every hospital recomputes it before approving",
+    "quantization.range": "a hospital's sum saturates beyond this, before the noise",
+    "cohort.colluders": "how many hospitals may conspire with the coordinator without breaking the masks",
+    "deadlines.setup_s": "for all hospitals to join",
+    "deadlines.round_s": "for all uploads of a round",
+    "deadlines.slot_s": "uploads leave a whole number of slots after the request",
+}
+
+
+def render(study: Study) -> str:
+    """The study's file. Raises ``LocalProtocolError`` if it would not read back as the same study."""
+    lines = [f"# Study {study.study.name}, made by medfed-server study new.", ""]
+    for name, table in study.model_dump(mode="json", exclude_none=True).items():
+        lines += [f"# {_HEADS[name]}", f"[{name}]"]
+        tables = []
+        for key, value in table.items():
+            if isinstance(value, list) and value and isinstance(value[0], dict):
+                tables += [(f"{name}.{key}", row) for row in value]
+            else:
+                lines.append(_line(f"{name}.{key}", key, value))
+        lines.append("")
+        for path, row in tables:
+            lines += [f"[[{path}]]", *(_line("", key, value) for key, value in row.items()), ""]
+    text = "\n".join(lines)
+    if parse(text.encode(), "study.toml", Study) != study:
+        raise LocalProtocolError(900, "a study could not be written as TOML", "please report this")
+    return text
+
+
+_Value = str | int | float | bool | list["_Value"] | dict[str, "_Value"]
+
+
+def _line(path: str, key: str, value: _Value) -> str:
+    note = _NOTES.get(path)
+    text = f"{key} = {_toml(value)}"
+    return f"{text}  # {note}" if note else text
+
+
+def _toml(value: _Value) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return json.dumps(value)  # strings, booleans and finite numbers are written alike in JSON and TOML

@@ -1,0 +1,254 @@
+"""A federation on one machine: the production client, server, masking, ledger and policy code over an in-process grid.
+
+``rehearse`` lays out real hospitals' folders (keys, policy, ledger, CSV file), enrols them, plans and approves a study and
+runs it. What production refuses exists here only: seeded randomness, and no noise at all (``epsilon=None``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from medfed.advance import released_weights
+from medfed.client.approval import approve, review
+from medfed.client.daemon import open_hospital
+from medfed.client.hospital import Hospital
+from medfed.client.ledger import Ledger
+from medfed.client.participation import Noise
+from medfed.client.setup import SiteOptions, init_site, open_site
+from medfed.client.site import CONFIG_NAME, Site
+from medfed.models.catalogue import build
+from medfed.models.parameters import file_hash, flatten, to_safetensors
+from medfed.privacy.noise import discrete_gaussian
+from medfed.roster import Roster
+from medfed.seams import Entropy, Seams
+from medfed.server.daemon import load_assignment, run_folder
+from medfed.server.planning import Decisions, load_task, plan_study
+from medfed.server.rounds import Assignment, Observer, Rounds
+from medfed.server.setup import (
+    CONFIG_NAME as SERVER_CONFIG_NAME,
+)
+from medfed.server.setup import (
+    MODEL_NAME,
+    ROSTER_NAME,
+    STUDY_NAME,
+    enroll,
+    init_office,
+    load_office,
+)
+from medfed.server.store import Checkpoint, Store
+from medfed.server.study_file import render
+from medfed.simulations.cohorts import PATIENT_COLUMN, Cohort
+from medfed.simulations.entropy import SeededEntropy
+from medfed.study import Study
+
+log = logging.getLogger("medfed.simulations")
+
+LIFETIME = 1000.0  # a rehearsal's budget: wide, as these patients are public
+UNUSED_EPSILON = 8.0  # what the study says when no noise is added; such a run is stamped not private
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """What to rehearse. ``epsilon`` None: no noise. ``seed`` None: randomness of the operating system."""
+
+    epsilon: float | None
+    mode: Literal["local", "distributed"]
+    colluders: int = 1
+    rounds: int | None = None
+    spare_attempts: int | None = None
+    seed: int | None = None
+    model: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rehearsed:
+    """A finished rehearsal. ``weights``: float32[d] of the released model; ``history``: the same after each round."""
+
+    assignment: Assignment
+    checkpoint: Checkpoint
+    weights: NDArray[np.float32]
+    history: tuple[NDArray[np.float32], ...]
+    seconds: float
+    train_seconds: tuple[float, ...]
+    folder: Path
+
+
+def no_noise(key: bytes, standard_deviation: float, size: int) -> NDArray[np.int64]:
+    """Adds nothing: for measuring what privacy costs. Exists in simulations only."""
+    return np.zeros(size, np.int64)
+
+
+def rehearse(
+    folder: Path,
+    cohort: Cohort,
+    plan: Rehearsal,
+    seams: Seams,
+    study: Study | None = None,
+    observe: Observer | None = None,
+) -> Rehearsed:
+    """Lay out, enrol, approve, run; everything a run leaves lies under ``folder``."""
+    started = seams.clock.monotonic()
+    sites = lay_out(folder, cohort, plan, seams, study)
+    history: list[NDArray[np.float32]] = []
+    with contextlib.ExitStack() as stack:
+        hospitals = [stack.enter_context(open_hospital(site, noise_of(plan))) for site in sites]
+        checkpoint, assignment = _run(folder, hospitals, _seams_of(seams, plan, "coordinator"), history, observe)
+    return Rehearsed(
+        assignment=assignment,
+        checkpoint=checkpoint,
+        weights=released_weights(checkpoint.state, assignment.study),
+        history=tuple(history),
+        seconds=seams.clock.monotonic() - started,
+        train_seconds=slowest_training(sites, assignment.study),
+        folder=run_folder(load_office(seams, folder / "coordinator" / SERVER_CONFIG_NAME), assignment),
+    )
+
+
+def noise_of(plan: Rehearsal) -> Noise:
+    return no_noise if plan.epsilon is None else discrete_gaussian
+
+
+def _seams_of(seams: Seams, plan: Rehearsal, owner: str) -> Seams:
+    """The given seams, with this owner's own seeded entropy where a seed is asked for."""
+    entropy: Entropy = seams.entropy if plan.seed is None else SeededEntropy(plan.seed, owner)
+    return replace(seams, entropy=entropy)
+
+
+def lay_out(folder: Path, cohort: Cohort, plan: Rehearsal, seams: Seams, study: Study | None = None) -> list[Site]:
+    """Hospitals' and coordinator's folders with an approved study, ready to run, by the code of the three commands."""
+    files = seams.files
+    for hospital in cohort.hospitals:
+        place = folder / hospital.name
+        files.make_folder(place, private=True)
+        files.write(place / "patients.csv", hospital.training.to_csv(), private=True)
+        init_site(
+            _seams_of(seams, plan, hospital.name), place, _options(hospital.name, len(set(hospital.training.patients)))
+        )
+    office = folder / "coordinator"
+    init_office(_seams_of(seams, plan, "coordinator"), office, ["localhost", "127.0.0.1"], 0, 0)
+    documents = [folder / hospital.name / "enrolment.json" for hospital in cohort.hospitals]
+    roster = enroll(seams, office, documents)
+    write_study(office / "study", *_study(cohort, plan, roster, seams, study), roster, seams)
+    sites = []
+    for hospital, document in zip(cohort.hospitals, documents, strict=True):
+        site = open_site(_seams_of(seams, plan, hospital.name), folder / hospital.name / CONFIG_NAME)
+        peers = [peer for peer in documents if peer != document]
+        reviewed = review(site, office / "study" / STUDY_NAME, peers)
+        with Ledger.open(files, site.ledger_path, site.identity()) as ledger:
+            approve(site, reviewed, ledger)
+        sites.append(site)
+    return sites
+
+
+def _options(name: str, patients: int) -> SiteOptions:
+    return SiteOptions(
+        name=name,
+        nominal_patients=patients,
+        coordinator="localhost:8443",
+        ca_certificate="../coordinator/tls/ca.crt",
+        proxy=None,
+        data="patients.csv",
+        patient_column=PATIENT_COLUMN,
+        holdout=0.0,
+        max_epsilon_study=LIFETIME,
+        max_epsilon_lifetime=LIFETIME,
+        lifetime_delta=0.001,
+        max_delta=0.01,
+        min_colluders=1,
+    )
+
+
+def _study(cohort: Cohort, plan: Rehearsal, roster: Roster, seams: Seams, given: Study | None) -> tuple[Study, bytes]:
+    """The given study pinned to the rehearsal's roster and a first model of its own, or the cohort's task planned."""
+    if given is not None:
+        return _repinned(given, roster)
+    if plan.seed is not None:
+        torch.manual_seed(plan.seed)  # first weights; they are public in any case
+    task = load_task(seams.files, cohort.task)
+    training = task.training.model_copy(
+        update={
+            key: value
+            for key, value in (("rounds", plan.rounds), ("spare_attempts", plan.spare_attempts))
+            if value is not None
+        }
+    )
+    training = training.model_copy(update={"average_last_rounds": min(training.average_last_rounds, training.rounds)})
+    model = task.model if plan.model is None else task.model.model_copy(update={"name": plan.model, "hidden": [16]})
+    decisions = Decisions(
+        name=cohort.name,
+        expires="2099-12-31",
+        epsilon=plan.epsilon if plan.epsilon is not None else UNUSED_EPSILON,
+        delta=cohort.delta,
+        mode=plan.mode,
+        unit="patient",
+        colluders=plan.colluders,
+    )
+    return plan_study(task.model_copy(update={"training": training, "model": model}), decisions, roster)
+
+
+def _repinned(study: Study, roster: Roster) -> tuple[Study, bytes]:
+    model = build(study)
+    model_file = to_safetensors(model, flatten(model))
+    choice = study.model.model_copy(update={"first_model_sha256": file_hash(model_file)})
+    cohort = study.cohort.model_copy(update={"hospitals": len(roster.hospitals), "roster_sha256": roster.hash().hex()})
+    return study.model_copy(update={"model": choice, "cohort": cohort}), model_file
+
+
+def write_study(folder: Path, study: Study, model_file: bytes, roster: Roster, seams: Seams) -> None:
+    """A study and its attachments, as the coordinator hands them out."""
+    seams.files.make_folder(folder)
+    seams.files.write(folder / MODEL_NAME, model_file)
+    seams.files.write(folder / ROSTER_NAME, roster.to_bytes())
+    seams.files.write(folder / STUDY_NAME, render(study).encode())
+
+
+def _run(
+    folder: Path,
+    hospitals: list[Hospital],
+    seams: Seams,
+    history: list[NDArray[np.float32]],
+    observe: Observer | None,
+) -> tuple[Checkpoint, Assignment]:
+    """The ServerApp and ClientApps of production over the in-process grid."""
+    from medfed.client.node import make_client_app
+    from medfed.server.exchange import Exchange
+    from medfed.server.link.grid import make_server_app
+    from medfed.simulations.grid import LocalGrid, run_local
+
+    office = load_office(seams, folder / "coordinator" / SERVER_CONFIG_NAME)
+    assignment = load_assignment(office)
+    store = Store(seams.files, run_folder(office, assignment), assignment.plan.words)
+    results: list[Checkpoint] = []
+
+    def watch(checkpoint: Checkpoint, what: str) -> None:
+        if len(checkpoint.records) > len(history):
+            history.append(released_weights(checkpoint.state, assignment.study))
+        if observe is not None:
+            observe(checkpoint, what)
+
+    def train(exchange: Exchange) -> None:
+        results.append(Rounds(assignment, exchange, store, seams, watch).run())
+
+    grid = LocalGrid([make_client_app(hospital.handle) for hospital in hospitals])
+    run_local(make_server_app(train, grid.node_ids), grid)
+    return results[0], assignment
+
+
+def slowest_training(sites: list[Site], study: Study) -> tuple[float, ...]:
+    """By attempt: seconds of the slowest hospital's training, from the hospitals' own notes."""
+    slowest: dict[int, float] = {}
+    for site in sites:
+        path = site.study_folder(study.hash()) / "rounds.jsonl"
+        for line in site.seams.files.read(path).splitlines():
+            note = json.loads(line)
+            slowest[note["attempt"]] = max(slowest.get(note["attempt"], 0.0), float(note["train_s"]))
+    return tuple(slowest[attempt] for attempt in sorted(slowest))

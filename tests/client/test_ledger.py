@@ -1,0 +1,849 @@
+"""The ledger: nothing leaves undebited, nothing spent comes back, nothing is changed unnoticed (threats.md I1-I4)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from medfed.client.ledger import (
+    Approval,
+    AttemptState,
+    Caps,
+    Head,
+    Kind,
+    Ledger,
+    StudyState,
+    snapshot_digest,
+)
+from medfed.client.ledger import book as ledger_book
+from medfed.client.ledger import entries as ledger_entries
+from medfed.client.ledger import store as ledger_store
+from medfed.client.ledger import view as ledger_view
+from medfed.client.ledger.entries import MOVES, BegunBody, Draft, make_entry
+from medfed.errors import ExitStatus, MedfedError
+from medfed.identity import Identity
+from medfed.privacy.accounting import Mechanism, compose, epsilon, micro
+from medfed.seams import SystemFiles
+
+IDENTITY = Identity.from_seed(bytes(31) + b"\1")
+OTHER = Identity.from_seed(bytes(31) + b"\2")
+FILES = SystemFiles()
+CAPS = Caps(max_epsilon_study=2.0, max_epsilon_lifetime=4.0, lifetime_delta=1e-5)
+NOISE = Mechanism(sampling_rate=1.0, sigma=12_000.0, shares=1, sensitivity=1000.0, dimensions=50)
+DELTA = 1e-4
+
+
+def digest(*parts: object) -> bytes:
+    return hashlib.sha256(repr(parts).encode()).digest()
+
+
+def people(*numbers: int) -> list[bytes]:
+    return [digest("patient", number) for number in numbers]
+
+
+def approval(name: str = "heart", attempts: int = 5, mechanism: Mechanism = NOISE) -> Approval:
+    return Approval(
+        study=digest("study", name),
+        name=name,
+        roster=digest("roster"),
+        first_model=digest("model"),
+        mechanism=mechanism,
+        attempts=attempts,
+        delta=DELTA,
+        nominal_patients=100,
+        unconfirmed=(OTHER.public,),
+        approved_wall_s=1000.0,
+    )
+
+
+HEART = approval().study
+
+
+def path_in(folder: Path) -> Path:
+    return folder / "ledger.db"
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    with Ledger.create(FILES, path_in(tmp_path), IDENTITY) as opened:
+        yield opened
+
+
+@pytest.fixture
+def approved(ledger: Ledger) -> Ledger:
+    ledger.approve(approval(), people(1, 2, 3), CAPS)
+    return ledger
+
+
+def reserve(ledger: Ledger, attempt: int, study: bytes = HEART, caps: Caps = CAPS) -> None:
+    ledger.reserve(study, attempt, attempt, caps, 2000.0 + attempt)
+
+
+def send(ledger: Ledger, attempt: int, study: bytes = HEART) -> None:
+    reserve(ledger, attempt, study)
+    ledger.seal_and_release(study, attempt, digest("v", attempt), digest("p", study, attempt), digest("r", attempt))
+
+
+@contextlib.contextmanager
+def refused(code: int, ledger: Ledger | None = None) -> Iterator[None]:
+    """The block raises ``code`` in one line, and the ledger is as before."""
+    before = ledger.entries() if ledger else ()
+    with pytest.raises(MedfedError) as caught:
+        yield
+    assert caught.value.code == code, caught.value
+    assert "\n" not in str(caught.value)
+    if ledger:
+        assert ledger.entries() == before
+        assert ledger.verify().entries == len(before)
+
+
+# ------------------------------------------------------------------------------------------------------------ beginning
+
+
+def test_new_ledger_names_its_owner_and_opens_again(tmp_path: Path) -> None:
+    with Ledger.create(FILES, path_in(tmp_path), IDENTITY) as ledger:
+        head = ledger.head()
+    with Ledger.open(FILES, path_in(tmp_path), IDENTITY) as ledger:
+        assert ledger.head() == head
+        assert ledger.entries()[0].read(BegunBody).identity == IDENTITY.public.hex()
+        head.check(IDENTITY.public)
+
+
+def test_ledger_is_begun_once(tmp_path: Path) -> None:
+    Ledger.create(FILES, path_in(tmp_path), IDENTITY).close()
+    with refused(212):
+        Ledger.create(FILES, path_in(tmp_path), IDENTITY)
+
+
+def test_lost_ledger_is_never_begun_anew(tmp_path: Path) -> None:
+    Ledger.create(FILES, path_in(tmp_path), IDENTITY).close()
+    path_in(tmp_path).unlink()
+    with refused(401):
+        Ledger.open(FILES, path_in(tmp_path), IDENTITY)
+    with refused(401):
+        Ledger.create(FILES, path_in(tmp_path), IDENTITY)
+    path_in(tmp_path).write_bytes(b"")
+    with refused(401):
+        Ledger.create(FILES, path_in(tmp_path), IDENTITY)
+    with refused(402):
+        Ledger.open(FILES, path_in(tmp_path), IDENTITY)
+
+
+def test_fresh_ledger_in_place_of_the_old_one_is_refused(tmp_path: Path) -> None:
+    Ledger.create(FILES, path_in(tmp_path), IDENTITY).close()
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    Ledger.create(FILES, path_in(fresh), OTHER).close()
+    shutil.copy(path_in(fresh), path_in(tmp_path))
+    with refused(404):
+        Ledger.open(FILES, path_in(tmp_path), IDENTITY)
+    with refused(401):
+        Ledger.open(FILES, path_in(tmp_path), OTHER)
+
+
+def test_creation_that_was_cut_off_can_be_repeated(tmp_path: Path) -> None:
+    FILES.database(path_in(tmp_path), create=True).close()
+    path_in(tmp_path).touch()
+    Ledger.create(FILES, path_in(tmp_path), IDENTITY).close()
+    (tmp_path / "ledger.db.begun").unlink()  # as if killed between the first commit and the mark
+    Ledger.open(FILES, path_in(tmp_path), IDENTITY).close()
+    assert (tmp_path / "ledger.db.begun").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ approving
+
+
+def test_approval_reserves_the_whole_list_of_events(ledger: Ledger) -> None:
+    outlook = ledger.approve(approval(attempts=5), people(1, 2, 3), CAPS)
+    assert outlook.epsilon_study == epsilon(compose(NOISE, 5), DELTA)
+    assert outlook.lifetime_before == 0.0
+    assert outlook.lifetime_after == epsilon(compose(NOISE, 5), CAPS.lifetime_delta)
+    account = ledger.account(HEART, CAPS)
+    assert (account.epsilon_spent, account.epsilon_reserved) == (0.0, outlook.epsilon_study)
+    assert (account.lifetime_spent, account.lifetime_reserved) == (0.0, outlook.lifetime_after)
+    assert (account.attempts_used, account.attempts_left) == (0, 5)
+    known = ledger.approved(HEART)
+    assert known.approval == approval()
+    assert known.snapshot == snapshot_digest(people(3, 2, 1, 1))
+    assert ledger.patients(HEART) == frozenset(people(1, 2, 3))
+
+
+def test_preview_says_the_same_and_writes_nothing(ledger: Ledger) -> None:
+    before = ledger.entries()
+    outlook = ledger.preview(approval(), people(1), CAPS)
+    assert ledger.entries() == before
+    assert ledger.approve(approval(), people(1), CAPS) == outlook
+
+
+def test_same_approval_again_costs_nothing(approved: Ledger) -> None:
+    before = approved.entries()
+    later = replace(approval(), approved_wall_s=5000.0)
+    assert approved.approve(later, people(3, 2, 1), CAPS).account == ()
+    assert approved.entries() == before
+
+
+@pytest.mark.parametrize("other", [replace(approval(), attempts=6), replace(approval(), unconfirmed=())])
+def test_same_study_with_other_contents_is_refused(approved: Ledger, other: Approval) -> None:
+    with refused(125, approved):
+        approved.approve(other, people(1, 2, 3), CAPS)
+    with refused(125, approved):
+        approved.approve(approval(), people(1, 2), CAPS)
+
+
+@pytest.mark.parametrize("end", [Ledger.close_study, Ledger.withdraw])
+def test_ended_study_is_neither_approved_again_nor_spent(
+    approved: Ledger, end: Callable[[Ledger, bytes, str], None]
+) -> None:
+    reserve(approved, 1)
+    end(approved, HEART, "asked by a person")
+    end(approved, HEART, "asked by a person")
+    assert sum(entry.kind in {Kind.CLOSED, Kind.WITHDRAWN} for entry in approved.entries()) == 1
+    with refused(125, approved):
+        approved.approve(approval(), people(1, 2, 3), CAPS)
+    with refused(125, approved):
+        reserve(approved, 2)
+    with refused(125, approved):
+        approved.seal(HEART, 1, digest("v"), digest("p"), digest("r"))
+    approved.abandon(HEART, 1, "study ended")
+    account = approved.account(HEART, CAPS)
+    assert account.state is not StudyState.OPEN
+    assert (account.attempts_used, account.attempts_left) == (1, 0)
+    assert account.lifetime_spent == account.lifetime_reserved > 0
+
+
+def test_nothing_leaves_after_a_withdrawal(approved: Ledger) -> None:
+    send(approved, 1)
+    approved.release(HEART, 1)
+    approved.withdraw(HEART, "data protection officer")
+    with refused(125, approved):
+        approved.release(HEART, 1)
+
+
+def test_approval_without_patients_is_refused(ledger: Ledger) -> None:
+    with refused(310, ledger):
+        ledger.approve(approval(), [], CAPS)
+
+
+def test_study_above_the_cap_spends_nothing(ledger: Ledger) -> None:
+    cost = epsilon(compose(NOISE, 5), DELTA)
+    with refused(501, ledger):
+        ledger.approve(approval(), people(1), replace(CAPS, max_epsilon_study=cost - 2e-6))
+    with pytest.raises(MedfedError) as caught:
+        ledger.approve(approval(), people(1), replace(CAPS, max_epsilon_study=0.5))
+    assert caught.value.exit_status is ExitStatus.BUDGET
+    assert "max_epsilon_study" in str(caught.value) and "0.5" in str(caught.value)
+    ledger.approve(approval(), people(1), replace(CAPS, max_epsilon_study=cost + 2e-6))
+
+
+def test_lifetime_above_the_cap_spends_nothing(approved: Ledger) -> None:
+    one = epsilon(compose(NOISE, 5), CAPS.lifetime_delta)
+    two = epsilon(compose(NOISE, 10), CAPS.lifetime_delta)
+    second = approval("lung")
+    with refused(501, approved):
+        approved.approve(second, people(3, 4), replace(CAPS, max_epsilon_lifetime=two - 1e-5))
+    outlook = approved.approve(second, people(3, 4), replace(CAPS, max_epsilon_lifetime=two + 1e-5))
+    assert (outlook.lifetime_before, outlook.lifetime_after) == (one, two)
+    assert outlook.account == (HEART,)
+
+
+def test_mechanism_without_bound_is_refused(ledger: Ledger) -> None:
+    nothing = Mechanism(sampling_rate=1.0, sigma=0.5, shares=1, sensitivity=2.0**60, dimensions=10)
+    with refused(501, ledger):
+        ledger.approve(approval(mechanism=nothing), people(1), CAPS)
+
+
+# ------------------------------------------------------------------------------------------------------------- accounts
+
+
+def test_same_patients_under_another_name_share_the_account(approved: Ledger) -> None:
+    send(approved, 1)
+    outlook = approved.approve(approval("renamed"), people(1, 2, 3), CAPS)
+    assert outlook.account == (HEART,)
+    assert outlook.lifetime_before == epsilon(compose(NOISE, 5), CAPS.lifetime_delta)
+
+
+def test_one_shared_patient_links_accounts_and_their_neighbors(ledger: Ledger) -> None:
+    roomy = replace(CAPS, max_epsilon_lifetime=50.0)
+    ledger.approve(approval("a"), people(1, 2), roomy)
+    ledger.approve(approval("b"), people(3, 4), roomy)
+    assert ledger.account(approval("a").study, roomy).account == ()
+    outlook = ledger.approve(approval("c"), people(2, 3), roomy)
+    assert set(outlook.account) == {approval("a").study, approval("b").study}
+    everything = epsilon(compose(NOISE, 15), CAPS.lifetime_delta)
+    for name in "abc":
+        assert ledger.account(approval(name).study, roomy).lifetime_reserved == everything
+
+
+def test_disjoint_patients_do_not_share(approved: Ledger) -> None:
+    send(approved, 1)
+    outlook = approved.approve(approval("lung"), people(4, 5), CAPS)
+    assert outlook.account == ()
+    assert outlook.lifetime_before == 0.0
+    assert approved.account(approval("lung").study, CAPS).lifetime_spent == 0.0
+
+
+def test_many_patients_are_matched_across_chunks(ledger: Ledger) -> None:
+    ledger.approve(approval("a"), people(*range(1200)), CAPS)
+    assert ledger.preview(approval("b"), people(*range(1199, 2400)), CAPS).account == (approval("a").study,)
+    assert ledger.preview(approval("b"), people(*range(1200, 2400)), CAPS).account == ()
+
+
+def test_closing_frees_what_was_not_used_and_nothing_more(approved: Ledger) -> None:
+    send(approved, 1)
+    send(approved, 2)
+    approved.close_study(HEART, "done")
+    after = approved.account(HEART, CAPS)
+    assert after.lifetime_spent == after.lifetime_reserved == epsilon(compose(NOISE, 2), CAPS.lifetime_delta)
+    outlook = approved.preview(approval("lung"), people(1), CAPS)
+    assert outlook.lifetime_after == epsilon(compose(NOISE, 7), CAPS.lifetime_delta)
+
+
+# ------------------------------------------------------------------------------------------------------------- spending
+
+
+def test_every_attempt_costs_one_event(approved: Ledger) -> None:
+    for attempt in range(1, 6):
+        reservation = approved.reserve(HEART, 1, attempt, CAPS, 0.0)
+        before = epsilon(compose(NOISE, attempt - 1), DELTA) if attempt > 1 else 0.0
+        assert (reservation.epsilon_before, reservation.epsilon_after) == (
+            before,
+            epsilon(compose(NOISE, attempt), DELTA),
+        )
+        body = approved.entries()[-1].read(ledger_entries.ReservedBody)
+        assert body.study_after_micro == micro(reservation.epsilon_after) >= reservation.epsilon_after * 1e6
+        approved.abandon(HEART, attempt, "lost")
+    with refused(502, approved):
+        reserve(approved, 6)
+    assert approved.account(HEART, CAPS).epsilon_spent == epsilon(compose(NOISE, 5), DELTA)
+
+
+def test_attempt_numbers_only_rise(approved: Ledger) -> None:
+    reserve(approved, 3)
+    for attempt in (3, 2, 1, 0, -1):
+        with refused(181, approved):
+            reserve(approved, attempt)
+    assert approved.highest_attempt(HEART) == 3
+    assert approved.account(HEART, CAPS).attempts_left == 2
+
+
+def test_unapproved_study_is_refused(ledger: Ledger) -> None:
+    with refused(123, ledger):
+        reserve(ledger, 1)
+    with refused(123, ledger):
+        ledger.seal(HEART, 1, digest("v"), digest("p"), digest("r"))
+    assert ledger.attempt_status(HEART, 1) is None
+
+
+def test_cap_lowered_after_approval_stops_the_study(approved: Ledger) -> None:
+    reserve(approved, 1)
+    two = epsilon(compose(NOISE, 2), DELTA)
+    with refused(501, approved):
+        reserve(approved, 2, caps=replace(CAPS, max_epsilon_study=two - 1e-5))
+    with refused(501, approved):
+        reserve(approved, 2, caps=replace(CAPS, max_epsilon_lifetime=two - 1e-5))
+    reserve(approved, 2)
+
+
+def test_refused_round_number_spends_nothing(approved: Ledger) -> None:
+    with refused(182, approved):
+        approved.reserve(HEART, 0, 1, CAPS, 0.0)
+
+
+ACTIONS: dict[AttemptState, Callable[[Ledger], object]] = {
+    AttemptState.RESERVED: lambda ledger: reserve(ledger, 1),
+    AttemptState.SEALED: lambda ledger: ledger.seal(HEART, 1, digest("v"), digest("p"), digest("r")),
+    AttemptState.RELEASED: lambda ledger: ledger.release(HEART, 1),
+    AttemptState.ACKED: lambda ledger: ledger.acknowledge(HEART, 1),
+    AttemptState.ABANDONED: lambda ledger: ledger.abandon(HEART, 1, "lost"),
+}
+ROADS: dict[AttemptState | None, list[AttemptState]] = {
+    None: [],
+    AttemptState.RESERVED: [AttemptState.RESERVED],
+    AttemptState.SEALED: [AttemptState.RESERVED, AttemptState.SEALED],
+    AttemptState.RELEASED: [AttemptState.RESERVED, AttemptState.SEALED, AttemptState.RELEASED],
+    AttemptState.ACKED: [AttemptState.RESERVED, AttemptState.SEALED, AttemptState.RELEASED, AttemptState.ACKED],
+    AttemptState.ABANDONED: [AttemptState.RESERVED, AttemptState.ABANDONED],
+}
+
+
+@pytest.mark.parametrize("state", list(ROADS))
+@pytest.mark.parametrize("action", list(ACTIONS))
+def test_attempt_moves_by_the_table_only(approved: Ledger, state: AttemptState | None, action: AttemptState) -> None:
+    for step in ROADS[state]:
+        ACTIONS[step](approved)
+    assert approved.attempt_status(HEART, 1) is state
+    if action in MOVES[state]:
+        ACTIONS[action](approved)
+        assert approved.attempt_status(HEART, 1) is action
+    elif action in ROADS[state] and action is not AttemptState.RESERVED:  # the same again is free and writes nothing
+        before = approved.entries()
+        if action is AttemptState.SEALED or action is state or state is AttemptState.ACKED:
+            ACTIONS[action](approved)
+        assert approved.entries() == before
+    else:
+        with refused(181 if action is AttemptState.RESERVED else 182, approved):
+            ACTIONS[action](approved)
+
+
+def test_one_bit_other_costs(approved: Ledger) -> None:
+    reserve(approved, 1)
+    approved.seal(HEART, 1, digest("v"), digest("p"), digest("r"))
+    for vector, pad, reply in [("w", "p", "r"), ("v", "q", "r"), ("v", "p", "s")]:
+        with refused(183, approved):
+            approved.seal(HEART, 1, digest(vector), digest(pad), digest(reply))
+    sealed = approved.sealed(HEART, 1)
+    assert sealed is not None and sealed.reply == digest("r")
+    assert approved.sealed(HEART, 2) is None
+
+
+def test_pad_covers_one_vector_over_attempts_and_studies(approved: Ledger) -> None:
+    approved.approve(approval("lung"), people(9), CAPS)
+    reserve(approved, 1)
+    approved.seal(HEART, 1, digest("v"), digest("p"), digest("r"))
+    reserve(approved, 2)
+    reserve(approved, 1, approval("lung").study)
+    with refused(183, approved):
+        approved.seal(HEART, 2, digest("v"), digest("p"), digest("r"))
+    with refused(183, approved):
+        approved.seal_and_release(approval("lung").study, 1, digest("v"), digest("p"), digest("r"))
+
+
+def test_seal_and_release_is_one_commit(approved: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    reserve(approved, 1)
+
+    def broken(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ledger, "_release", broken)
+    with pytest.raises(KeyboardInterrupt):
+        approved.seal_and_release(HEART, 1, digest("v"), digest("p"), digest("r"))
+    assert approved.attempt_status(HEART, 1) is AttemptState.RESERVED
+
+
+def test_latest_time_is_kept_when_the_clock_goes_back(approved: Ledger) -> None:
+    assert approved.highest_wall() == 1000.0
+    approved.reserve(HEART, 1, 1, CAPS, 9000.0)
+    approved.reserve(HEART, 2, 2, CAPS, 50.0)
+    assert approved.highest_wall() == 9000.0
+
+
+# ---------------------------------------------------------------------------------------------- one process, sure disks
+
+
+def test_second_process_is_refused(tmp_path: Path) -> None:
+    with Ledger.create(FILES, path_in(tmp_path), IDENTITY), refused(620):
+        Ledger.open(FILES, path_in(tmp_path), IDENTITY)
+    Ledger.open(FILES, path_in(tmp_path), IDENTITY).close()
+
+
+def test_ledger_can_be_looked_at_beside_a_running_hospital(tmp_path: Path) -> None:
+    with Ledger.create(FILES, path_in(tmp_path), IDENTITY) as writer:
+        writer.approve(approval(), people(1), CAPS)
+        with Ledger.inspect(FILES, path_in(tmp_path), IDENTITY) as view:
+            send(writer, 1)
+            assert view.account(HEART, CAPS).attempts_used == 1
+            assert view.verify().head == writer.head()
+            with pytest.raises(MedfedError), view._store.transaction():  # SQLite refuses what the type does not offer
+                view._store._connection.execute("INSERT INTO patients VALUES (x'00', 1)")
+
+
+class Database(sqlite3.Connection):
+    """A connection whose volume misbehaves: statements that begin with a key of ``faults`` do otherwise."""
+
+    faults: ClassVar[dict[str, Callable[[Database, str], sqlite3.Cursor]]] = {}
+
+    def execute(self, sql: str, *arguments: object) -> sqlite3.Cursor:  # type: ignore[override]
+        for start, fault in self.faults.items():
+            if sql.startswith(start):
+                return fault(self, sql)
+        return super().execute(sql, *arguments)  # type: ignore[arg-type]
+
+
+class FaultyFiles(SystemFiles):
+    def database(self, path: Path, *, create: bool) -> sqlite3.Connection:
+        return sqlite3.connect(path, isolation_level=None, check_same_thread=False, factory=Database)
+
+
+@pytest.fixture
+def faults() -> Iterator[dict[str, Callable[[Database, str], sqlite3.Cursor]]]:
+    Database.faults = {}
+    yield Database.faults
+    Database.faults = {}
+
+
+@pytest.mark.parametrize(
+    ("statement", "instead"),
+    [
+        ("PRAGMA synchronous = FULL", "PRAGMA synchronous = NORMAL"),
+        ("PRAGMA journal_mode", "PRAGMA journal_mode = DELETE"),
+    ],
+)
+def test_volume_without_durable_modes_is_refused(
+    tmp_path: Path, faults: dict[str, Callable[[Database, str], sqlite3.Cursor]], statement: str, instead: str
+) -> None:
+    faults[statement] = lambda database, _: sqlite3.Connection.execute(database, instead)
+    with refused(601):
+        Ledger.create(FaultyFiles(), path_in(tmp_path), IDENTITY)
+
+
+def _raise(code: int) -> Callable[[Database, str], sqlite3.Cursor]:
+    def fault(_: Database, __: str) -> sqlite3.Cursor:
+        error = sqlite3.OperationalError("planted")
+        error.sqlite_errorcode = code  # type: ignore[misc]
+        raise error
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (sqlite3.SQLITE_FULL, 603),
+        (sqlite3.SQLITE_READONLY, 602),
+        (sqlite3.SQLITE_IOERR, 608),
+        (sqlite3.SQLITE_BUSY, 620),
+    ],
+)
+@pytest.mark.parametrize("statement", ["BEGIN IMMEDIATE", "INSERT INTO entries", "COMMIT"])
+def test_write_that_fails_leaves_no_row_and_the_ledger_whole(
+    tmp_path: Path,
+    faults: dict[str, Callable[[Database, str], sqlite3.Cursor]],
+    statement: str,
+    code: int,
+    expected: int,
+) -> None:
+    with Ledger.create(FaultyFiles(), path_in(tmp_path), IDENTITY) as ledger:
+        ledger.approve(approval(), people(1), CAPS)
+        faults[statement] = _raise(code)
+        with refused(expected, ledger):
+            reserve(ledger, 1)
+        faults.clear()
+        if statement == "COMMIT":  # it is not known what reached the disk: this process must not go on
+            with refused(608, ledger):
+                reserve(ledger, 1)
+        else:
+            reserve(ledger, 1)
+    with Ledger.open(FILES, path_in(tmp_path), IDENTITY) as ledger:
+        assert ledger.account(HEART, CAPS).attempts_used == (0 if statement == "COMMIT" else 1)
+
+
+# ------------------------------------------------------------------------------------------------------------ tampering
+
+
+def spent_ledger(folder: Path) -> Path:
+    with Ledger.create(FILES, path_in(folder), IDENTITY) as ledger:
+        ledger.approve(approval(), people(1, 2, 3), CAPS)
+        for attempt in (1, 2):
+            send(ledger, attempt)
+            ledger.acknowledge(HEART, attempt)
+    return path_in(folder)
+
+
+def tamper(path: Path, *statements: str, keep_triggers: bool = True) -> None:
+    """What an insider with an SQLite shell does: take the triggers off, change rows, put them back."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        triggers = database.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'").fetchall()
+        for name, _ in triggers:
+            database.execute(f"DROP TRIGGER {name}")
+        for statement in statements:
+            database.execute(statement)
+        for _, sql in triggers if keep_triggers else []:
+            with contextlib.suppress(sqlite3.OperationalError):  # its table was dropped
+                database.execute(sql)
+
+
+def test_tampering_tool_alone_does_no_harm(tmp_path: Path) -> None:
+    path = spent_ledger(tmp_path)
+    tamper(path)
+    Ledger.open(FILES, path, IDENTITY).close()
+
+
+@pytest.mark.parametrize(
+    ("statement", "code"),
+    [
+        ("UPDATE entries SET body = replace(body, '\"round\":2', '\"round\":1') WHERE kind = 'RESERVED'", 403),
+        ("UPDATE entries SET attempt = 4 WHERE seq = 7", 403),
+        ("UPDATE entries SET kind = 'ABANDONED' WHERE kind = 'ACKED'", 403),
+        ("UPDATE entries SET kind = 'REFUNDED' WHERE kind = 'ACKED'", 403),
+        ("UPDATE entries SET signature = zeroblob(64) WHERE seq = (SELECT max(seq) FROM entries)", 403),
+        ("UPDATE entries SET previous = zeroblob(31) WHERE seq = 4", 404),
+        ("DELETE FROM entries WHERE seq = 5", 404),
+        ("DELETE FROM entries WHERE seq = 1", 404),
+        ("DELETE FROM entries WHERE seq > 6", 402),
+        ("DELETE FROM entries", 402),
+        ("DELETE FROM patients WHERE patient = (SELECT min(patient) FROM patients)", 403),
+        ("UPDATE patients SET patient = zeroblob(32) WHERE patient = (SELECT min(patient) FROM patients)", 403),
+        ("INSERT INTO patients VALUES (zeroblob(32), 2)", 403),
+        ("DROP INDEX one_vector_a_pad", 404),
+        ("DROP TABLE patients", 404),
+        ("DROP TABLE entries", 402),
+        ("CREATE TRIGGER forget AFTER INSERT ON entries BEGIN SELECT 1; END", 404),
+    ],
+)
+def test_changed_ledger_is_refused_at_open(tmp_path: Path, statement: str, code: int) -> None:
+    path = spent_ledger(tmp_path)
+    tamper(path, statement)
+    with refused(code):
+        Ledger.open(FILES, path, IDENTITY)
+    with refused(code):
+        Ledger.inspect(FILES, path, IDENTITY)
+
+
+def test_ledger_without_its_triggers_is_refused(tmp_path: Path) -> None:
+    path = spent_ledger(tmp_path)
+    tamper(path, keep_triggers=False)
+    with refused(404):
+        Ledger.open(FILES, path, IDENTITY)
+
+
+@pytest.mark.parametrize("statement", ["UPDATE entries SET body = '{}'", "DELETE FROM entries", "DELETE FROM patients"])
+def test_database_itself_refuses_update_and_delete(tmp_path: Path, statement: str) -> None:
+    path = spent_ledger(tmp_path)
+    with contextlib.closing(sqlite3.connect(path)) as database, pytest.raises(sqlite3.IntegrityError, match="append"):
+        database.execute(statement)
+
+
+def test_row_chained_by_another_identity_is_refused(tmp_path: Path) -> None:
+    path = spent_ledger(tmp_path)
+    with Ledger.open(FILES, path, IDENTITY) as ledger:
+        last = ledger.head()
+    forged = make_entry(Draft(Kind.CLOSED, HEART, 0, ledger_entries.ReasonBody(reason="forged")), last, OTHER)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute(
+            "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (forged.seq, "CLOSED", forged.study, 0, forged.body, forged.previous, forged.hash, forged.signature),
+        )
+    with refused(403):
+        Ledger.open(FILES, path, IDENTITY)
+
+
+def test_earlier_signature_is_checked_by_verify(tmp_path: Path) -> None:
+    path = spent_ledger(tmp_path)
+    tamper(path, "UPDATE entries SET signature = zeroblob(64) WHERE seq = 3")
+    with Ledger.open(FILES, path, IDENTITY) as ledger, refused(403):
+        ledger.verify()
+
+
+def test_truncated_file_is_refused(tmp_path: Path) -> None:
+    path = spent_ledger(tmp_path)
+    data = path.read_bytes()
+    for size in (1, 100, 4096, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:size])
+        with refused(402):
+            Ledger.open(FILES, path, IDENTITY)
+
+
+def test_ledger_of_a_newer_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_store, "FORMAT", 2)
+    spent_ledger(tmp_path)
+    monkeypatch.undo()
+    tamper(path_in(tmp_path), "ALTER TABLE patients ADD COLUMN more TEXT")
+    with refused(406):
+        Ledger.open(FILES, path_in(tmp_path), IDENTITY)
+
+
+def test_flipped_bits_are_found_or_harmless(tmp_path: Path) -> None:
+    """120 of the file's bits, one at a time: refused with a code, or every row and patient reads as before."""
+    path = spent_ledger(tmp_path)
+    data = path.read_bytes()
+    with Ledger.open(FILES, path, IDENTITY) as ledger:
+        truth = (ledger.entries(), ledger.patients(HEART))
+    chance, found = random.Random(7), 0
+    for _ in range(120):
+        place = chance.randrange(len(data) * 8)
+        path.write_bytes(data[: place // 8] + bytes([data[place // 8] ^ (1 << place % 8)]) + data[place // 8 + 1 :])
+        for leftover in tmp_path.glob("ledger.db-*"):
+            leftover.unlink()
+        try:
+            with Ledger.inspect(FILES, path, IDENTITY) as view:
+                assert (view.entries(), view.patients(HEART)) == truth
+        except MedfedError:
+            found += 1
+    assert found > 5  # most of a small SQLite file is padding; rows, indexes and headers are not
+
+
+def test_witness_notices_an_old_copy_and_a_second_one(tmp_path: Path) -> None:
+    path = spent_ledger(tmp_path)
+    old = path.read_bytes()
+    with Ledger.open(FILES, path, IDENTITY) as ledger:
+        ledger.check_witness(ledger.head(), IDENTITY.public)
+        send(ledger, 3)
+        witness = ledger.head()
+        send(ledger, 4)
+        ledger.check_witness(witness, IDENTITY.public)
+    path.write_bytes(old)
+    with Ledger.open(FILES, path, IDENTITY) as ledger:
+        with refused(405, ledger):
+            ledger.check_witness(witness, IDENTITY.public)
+        reserve(ledger, 5)
+        ledger.abandon(HEART, 5, "lost")
+        ledger.abandon(HEART, 5, "lost")
+        ledger.withdraw(HEART, "")
+        with refused(405, ledger):
+            ledger.check_witness(witness, IDENTITY.public)
+
+
+def test_lying_witness_cannot_lock_the_hospital(approved: Ledger) -> None:
+    with refused(110, approved):
+        approved.check_witness(Head(99, digest("x"), bytes(64)), IDENTITY.public)
+    with refused(110, approved):
+        approved.check_witness(replace(approved.head(), seq=99), IDENTITY.public)
+
+
+# ----------------------------------------------------------------------------------------------- spending never falls
+
+Step = tuple[str, int, int]
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["approve", "reserve", "seal", "release", "ack", "abandon", "close", "withdraw", "reopen"]),
+        st.integers(0, 2),
+        st.integers(1, 4),
+    ),
+    max_size=14,
+)
+
+
+WALK_CAPS = replace(CAPS, max_epsilon_lifetime=0.9)  # room for two studies of three attempts, not for three
+
+
+def take(ledger: Ledger, step: Step) -> None:
+    action, number, attempt = step
+    name, study = f"s{number}", approval(f"s{number}").study
+    if action == "approve":
+        ledger.approve(approval(name, attempts=3), people(number, number + 1), WALK_CAPS)
+    elif action == "reserve":
+        reserve(ledger, attempt, study, WALK_CAPS)
+    elif action == "seal":
+        ledger.seal(study, attempt, digest("v", study, attempt), digest("p", study, attempt), digest("r"))
+    elif action == "release":
+        ledger.release(study, attempt)
+    elif action == "ack":
+        ledger.acknowledge(study, attempt)
+    elif action == "abandon":
+        ledger.abandon(study, attempt, "lost")
+    elif action == "close":
+        ledger.close_study(study, "done")
+    else:
+        ledger.withdraw(study, "asked")
+
+
+def check_walk(folder: Path, steps: list[Step]) -> None:
+    """I1, I2, I3 over any list of operations: each release has its debit, spending never falls, all within the caps."""
+    path = path_in(folder)
+    ledger = Ledger.create(FILES, path, IDENTITY)
+    try:
+        spent: dict[bytes, tuple[int, int]] = {}
+        released: set[tuple[bytes, int]] = set()
+        for step in [*steps, ("reopen", 0, 0)]:
+            if step[0] == "reopen":
+                ledger.close()
+                ledger = Ledger.open(FILES, path, IDENTITY)
+            else:
+                with contextlib.suppress(MedfedError):
+                    take(ledger, step)
+            released |= {(row.study, row.attempt) for row in ledger.entries() if row.kind is Kind.RELEASED}
+            for known in ledger.studies():
+                study = known.approval.study
+                view = ledger.account(study, WALK_CAPS)
+                figures = (micro(view.epsilon_spent), micro(view.lifetime_spent))
+                assert figures >= spent.get(study, (0, 0)) and figures[1] >= spent.get(study, (0, 0))[1]
+                spent[study] = figures
+                sent = sum(1 for other, _ in released if other == study)
+                assert view.epsilon_spent >= (epsilon(compose(NOISE, sent), DELTA) if sent else 0.0)
+                assert view.epsilon_reserved <= WALK_CAPS.max_epsilon_study
+                assert view.lifetime_reserved <= WALK_CAPS.max_epsilon_lifetime
+    finally:
+        ledger.close()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(steps=STEPS)
+def test_spending_never_falls(steps: list[Step], tmp_path_factory: pytest.TempPathFactory) -> None:
+    check_walk(tmp_path_factory.mktemp("walk"), steps)
+
+
+WALK: list[Step] = [
+    ("approve", 0, 1),
+    ("approve", 1, 1),
+    ("approve", 2, 1),
+    ("reserve", 0, 1),
+    ("seal", 0, 1),
+    ("release", 0, 1),
+    ("abandon", 0, 1),
+    ("reserve", 1, 1),
+    ("seal", 1, 1),
+    ("release", 1, 1),
+    ("ack", 1, 1),
+    ("reopen", 0, 0),
+    ("reserve", 0, 2),
+    ("close", 0, 1),
+    ("reserve", 1, 2),
+    ("withdraw", 1, 1),
+]
+
+
+def refund(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: an abandoned attempt is not charged."""
+    query = (
+        "SELECT study, count(*), max(attempt) FROM entries AS e WHERE kind = 'RESERVED' AND NOT EXISTS (SELECT 1 FROM "
+        "entries AS a WHERE a.study = e.study AND a.attempt = e.attempt AND a.kind = 'ABANDONED') GROUP BY study"
+    )
+    monkeypatch.setattr(
+        ledger_store.Store, "tallies", lambda self: {row[0]: row[1:] for row in self._connection.execute(query)}
+    )
+
+
+def release_before_debit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: bytes leave first, the debit is dropped."""
+    monkeypatch.setattr(ledger_store.Store, "tallies", lambda self: {})
+
+
+def forget_when_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: a closed study's account starts from zero."""
+    whole = ledger_store.Store.tallies
+
+    def without_closed(self: ledger_store.Store) -> dict[bytes, tuple[int, int]]:
+        closed = {row.study for row in self.select("WHERE kind IN ('CLOSED', 'WITHDRAWN')")}
+        return {study: figures for study, figures in whole(self).items() if study not in closed}
+
+    monkeypatch.setattr(ledger_store.Store, "tallies", without_closed)
+
+
+def caps_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: the lifetime is not asked about."""
+    for module in (ledger_book, ledger_view):
+        monkeypatch.setattr(module, "require_lifetime_fits", lambda total, caps: 0.0)
+
+
+def test_walk_without_planted_bug_holds(tmp_path: Path) -> None:
+    check_walk(tmp_path, WALK)
+
+
+@pytest.mark.parametrize("plant", [refund, release_before_debit, forget_when_closed, caps_ignored])
+def test_planted_bug_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plant: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        check_walk(tmp_path, WALK)
+
+
+def test_million_tiny_debits_round_up() -> None:
+    """Money is rounded up once on the total, so no number of tiny events is ever free."""
+    tiny = Mechanism(sampling_rate=1.0, sigma=1e9, shares=1, sensitivity=1.0, dimensions=1)
+    last = 0
+    for count in (1, 10, 1000, 1_000_000):
+        cost = epsilon(compose(tiny, count), 1e-5)
+        assert micro(cost) >= cost * 1e6 and micro(cost) >= last
+        last = micro(cost)
