@@ -14,6 +14,7 @@ from medfed.client.ledger import Ledger, StudyState
 from medfed.client.participation import Noise, Participation
 from medfed.client.setup import open_site
 from medfed.client.site import Site
+from medfed.client.trainer import warm_up
 from medfed.errors import ExitStatus, PrivacyError
 from medfed.privacy.noise import discrete_gaussian
 from medfed.seams import Seams, require_system_entropy
@@ -35,6 +36,7 @@ def open_hospital(site: Site, noise: Noise) -> Iterator[Hospital]:
             if known.state is StudyState.WITHDRAWN:
                 continue
             approved = load_approved(site, known.approval.study, ledger)
+            warm_up(approved.study, approved.model)
             parts.append(Participation(approved, identity, ledger, caps_of(site), site.seams, noise))
         yield Hospital(identity, parts)
 

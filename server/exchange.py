@@ -43,10 +43,13 @@ class Exchange(Protocol):
     def send(self, position: int, kind: Kind, payload: bytes, timeout_s: float) -> None:
         """Queue ``payload`` for one hospital; it is void ``timeout_s`` seconds from now.
 
-        A message for a hospital that is not connected comes back as a fault from ``receive``.
+        The next ``receive`` sends what is queued. A message that cannot be delivered comes back as a fault.
         """
         ...
 
     def receive(self) -> list[Reply]:
-        """Every answer that came since the last call, without waiting."""
+        """Send what is queued; return every answer that came since the last call, without waiting for more.
+
+        Ask again every 0.02 to 0.1 seconds: each call is a request or more to the SuperLink.
+        """
         ...

@@ -72,7 +72,7 @@ class Office:
         return load_identity(self.seams.files, self.folder / "identity.key")
 
 
-def init_office(seams: Seams, folder: Path, names: Sequence[str], port: int, admin_port: int) -> Identity:
+def init_office(seams: Seams, folder: Path, names: Sequence[str], listen: Listen) -> Identity:
     """Lay out a new coordinator's folder; ``names`` are the host names and addresses hospitals will use."""
     if seams.files.exists(folder / CONFIG_NAME):
         raise ConfigError(212, f"{CONFIG_NAME} exists in this folder", "edit it, or name another folder")
@@ -81,16 +81,16 @@ def init_office(seams: Seams, folder: Path, names: Sequence[str], port: int, adm
     create_authority(seams.files, certificate_files(folder), seams.clock)
     create_server_certificate(seams.files, certificate_files(folder), names, seams.clock)
     identity = create_identity(seams.files, folder / "identity.key", seams.entropy)
-    seams.files.write(folder / CONFIG_NAME, _config_text(port, admin_port).encode())
+    seams.files.write(folder / CONFIG_NAME, _config_text(listen).encode())
     return identity
 
 
-def _config_text(port: int, admin_port: int) -> str:
+def _config_text(listen: Listen) -> str:
     return f"""\
 [listen]
-host = "0.0.0.0"                 # the address hospitals' connections come in on
-port = {port}                      # open this port, and no other, to the hospitals
-admin_port = {admin_port}                # loopback only; never open it
+host = {json.dumps(listen.host)}                 # the address hospitals' connections come in on
+port = {listen.port}                      # open this port, and no other, to the hospitals
+admin_port = {listen.admin_port}                # loopback only; never open it
 
 [run]
 study = {json.dumps("study/" + STUDY_NAME)}        # made by: medfed-server study new

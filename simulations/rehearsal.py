@@ -40,6 +40,7 @@ from medfed.server.setup import (
     MODEL_NAME,
     ROSTER_NAME,
     STUDY_NAME,
+    Listen,
     enroll,
     init_office,
     load_office,
@@ -67,6 +68,17 @@ class Rehearsal:
     spare_attempts: int | None = None
     seed: int | None = None
     model: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Loopback ports of a rehearsal with real processes; an in-process one opens none."""
+
+    public: int
+    admin: int
+
+
+NO_PORTS = Ports(8443, 8444)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,18 +135,25 @@ def _seams_of(seams: Seams, plan: Rehearsal, owner: str) -> Seams:
     return replace(seams, entropy=entropy)
 
 
-def lay_out(folder: Path, cohort: Cohort, plan: Rehearsal, seams: Seams, study: Study | None = None) -> list[Site]:
+def lay_out(
+    folder: Path,
+    cohort: Cohort,
+    plan: Rehearsal,
+    seams: Seams,
+    study: Study | None = None,
+    ports: Ports = NO_PORTS,
+) -> list[Site]:
     """Hospitals' and coordinator's folders with an approved study, ready to run, by the code of the three commands."""
     files = seams.files
     for hospital in cohort.hospitals:
         place = folder / hospital.name
         files.make_folder(place, private=True)
         files.write(place / "patients.csv", hospital.training.to_csv(), private=True)
-        init_site(
-            _seams_of(seams, plan, hospital.name), place, _options(hospital.name, len(set(hospital.training.patients)))
-        )
+        options = _options(hospital.name, len(set(hospital.training.patients)), ports)
+        init_site(_seams_of(seams, plan, hospital.name), place, options)
     office = folder / "coordinator"
-    init_office(_seams_of(seams, plan, "coordinator"), office, ["localhost", "127.0.0.1"], 0, 0)
+    listen = Listen(host="127.0.0.1", port=ports.public, admin_port=ports.admin)
+    init_office(_seams_of(seams, plan, "coordinator"), office, ["localhost", "127.0.0.1"], listen)
     documents = [folder / hospital.name / "enrolment.json" for hospital in cohort.hospitals]
     roster = enroll(seams, office, documents)
     write_study(office / "study", *_study(cohort, plan, roster, seams, study), roster, seams)
@@ -149,11 +168,11 @@ def lay_out(folder: Path, cohort: Cohort, plan: Rehearsal, seams: Seams, study: 
     return sites
 
 
-def _options(name: str, patients: int) -> SiteOptions:
+def _options(name: str, patients: int, ports: Ports) -> SiteOptions:
     return SiteOptions(
         name=name,
         nominal_patients=patients,
-        coordinator="localhost:8443",
+        coordinator=f"localhost:{ports.public}",
         ca_certificate="../coordinator/tls/ca.crt",
         proxy=None,
         data="patients.csv",

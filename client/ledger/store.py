@@ -60,6 +60,8 @@ class Store:
     """One open ledger file. Every method raises ``MedfedError``; after a failed commit nothing more is accepted."""
 
     def __init__(self, connection: sqlite3.Connection, identity: Identity) -> None:
+        # a damaged page may hold bytes that are no text: they must reach the hash check, not raise on the way
+        connection.text_factory = lambda data: data.decode("utf-8", "replace")
         self._connection = connection
         self._identity = identity
         self._turn = threading.RLock()
@@ -308,6 +310,8 @@ def _named_faults() -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         _translate(error)
+    except UnicodeDecodeError as error:  # SQLite's own message quoted bytes of a damaged page
+        raise damage(402, "ledger file is damaged or truncated") from error
 
 
 def _translate(error: sqlite3.Error) -> NoReturn:

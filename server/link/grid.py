@@ -31,6 +31,7 @@ class GridExchange:
         self._grid = grid
         self._node_ids = dict(node_ids)
         self._positions = {node_id: position for position, node_id in node_ids.items()}
+        self._queue: list[tuple[int, Message]] = []
         self._waiting: dict[str, int] = {}
         self._faults: list[Reply] = []
 
@@ -39,14 +40,21 @@ class GridExchange:
 
     def send(self, position: int, kind: Kind, payload: bytes, timeout_s: float) -> None:
         content = RecordDict({RECORD: ConfigRecord({FIELD: payload})})
-        message = Message(content, self._node_ids[position], kind.value, ttl=timeout_s)
-        ids = [message_id for message_id in self._grid.push_messages([message]) if message_id]
-        if ids:
-            self._waiting[ids[0]] = position
-        else:
-            self._faults.append(Reply(position, None, "not accepted"))
+        self._queue.append((position, Message(content, self._node_ids[position], kind.value, ttl=timeout_s)))
+
+    def _flush(self) -> None:
+        """Push the queue in one call: what is the same for all hospitals goes to the SuperLink once."""
+        queue, self._queue = self._queue, []
+        ids = list(self._grid.push_messages([message for _, message in queue])) or [None] * len(queue)
+        for (position, _), message_id in zip(queue, ids, strict=True):
+            if message_id:
+                self._waiting[message_id] = position
+            else:
+                self._faults.append(Reply(position, None, "not accepted"))
 
     def receive(self) -> list[Reply]:
+        if self._queue:
+            self._flush()
         replies, self._faults = self._faults, []
         if not self._waiting:
             return replies

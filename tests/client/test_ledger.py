@@ -667,6 +667,7 @@ def test_flipped_bits_are_found_or_harmless(tmp_path: Path) -> None:
             leftover.unlink()
         try:
             with Ledger.inspect(FILES, path, IDENTITY) as view:
+                view.verify()
                 assert (view.entries(), view.patients(HEART)) == truth
         except MedfedError:
             found += 1
@@ -767,7 +768,7 @@ def check_walk(folder: Path, steps: list[Step]) -> None:
         ledger.close()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(steps=STEPS)
 def test_spending_never_falls(steps: list[Step], tmp_path_factory: pytest.TempPathFactory) -> None:
     check_walk(tmp_path_factory.mktemp("walk"), steps)

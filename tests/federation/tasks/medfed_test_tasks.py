@@ -19,7 +19,7 @@ def until(condition, what: str, seconds: float = 30.0):
     while time.monotonic() < end:
         if value := condition():
             return value
-        NEVER.wait(0.005)
+        NEVER.wait(0.03)
     raise TimeoutError(what)
 
 
