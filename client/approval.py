@@ -16,7 +16,7 @@ from medfed.client.participation import Approved
 from medfed.client.site import Site
 from medfed.client.trainer import number_patients
 from medfed.errors import ConfigError, DataError, PrivacyError
-from medfed.identity import Identity
+from medfed.identity import Identity, fingerprint
 from medfed.models import catalogue, parameters
 from medfed.models.records import Records
 from medfed.privacy.plan import Plan, make_plan
@@ -51,7 +51,7 @@ def review(site: Site, study_path: Path, peer_paths: Sequence[Path]) -> Review:
     """Check a study and its attachments (which lie beside it) against this hospital's policy, data and confirmed peers.
 
     Raises, with nothing spent or written: ``ConfigError`` for unreadable files, ``PrivacyError`` MF-120 expired, MF-124
-    attachments of another hash, MF-130..148 policy, roster and epsilon, ``DataError`` MF-301/310.
+    attachments of another hash, MF-130..149 policy, roster and epsilon, ``DataError`` MF-301/310.
     """
     files = site.seams.files
     study = load_study(files, study_path)
@@ -85,7 +85,19 @@ def _checked_roster(site: Site, study: Study, path: Path) -> Roster:
         raise PrivacyError(124, f"{path.name} is not the study's roster", "ask the coordinator for its files anew")
     if len(roster.hospitals) != study.cohort.hospitals:
         raise PrivacyError(124, "study and roster differ in the number of hospitals", "ask for a corrected study")
+    confirmed = site.config.coordinator.identity
+    if confirmed is not None and _digits(confirmed) != _digits(coordinator_fingerprint(roster)):
+        raise PrivacyError(149, "the roster's coordinator is not the one in hospital.toml", "telephone; do not approve")
     return roster
+
+
+def coordinator_fingerprint(roster: Roster) -> str:
+    """What the coordinator's people read out."""
+    return fingerprint(bytes.fromhex(roster.coordinator))
+
+
+def _digits(text: str) -> str:
+    return text.replace(" ", "").lower()
 
 
 def _own_position(site: Site, roster: Roster) -> int:

@@ -18,7 +18,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-from medfed.flower import FIELD, OBJECTS_AT_MOST, RECORD, hush
+from medfed.flower import FIELD, RECORD, hush
 
 # isort: split
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
@@ -32,10 +32,8 @@ from flwr.proto.node_pb2 import Node as NodeProto
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
-    iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
@@ -113,6 +111,14 @@ def _payload(content: RecordDict) -> bytes:
         if isinstance(payload, bytes):
             return payload
     raise RemoteProtocolError(103, "a Flower message does not carry medfed's bytes", "refused; ask the coordinator")
+
+
+def _record_id(tree: ObjectTree) -> str:
+    """Flower's id of the config record in a message's tree: message, record dict, config record."""
+    if len(tree.children) != 1 or len(tree.children[0].children) != 1:
+        raise RemoteProtocolError(103, "a Flower message does not have medfed's shape", "refused; ask the coordinator")
+    leaf: str = tree.children[0].children[0].object_id
+    return leaf
 
 
 class _Versions:
@@ -234,8 +240,13 @@ class Node:
         pulled = self._call(self._fleet.PullMessages, PullMessagesRequest(node=self._node))
         if not pulled.messages_list:
             return False
-        run_id: int = message_from_proto(pulled.messages_list[0]).metadata.run_id
-        message = self._receive(run_id, pulled.message_object_trees[0])
+        message = message_from_proto(pulled.messages_list[0])
+        run_id: int = message.metadata.run_id
+        message.content = self._receive(run_id, pulled.message_object_trees[0])
+        confirm = ConfirmMessageReceivedRequest(
+            node=self._node, run_id=run_id, message_object_id=message.metadata.message_id
+        )
+        self._call(self._fleet.ConfirmMessageReceived, confirm)
         self._send(run_id, self._answer(message))
         return True
 
@@ -257,16 +268,10 @@ class Node:
             reason = type(error).__name__
         return Message(Error(CLIENT_FAILED, reason), reply_to=message)
 
-    def _receive(self, run_id: int, tree: ObjectTree) -> Message:
-        wanted = [node.object_id for node in iterate_object_tree(tree)]
-        if len(wanted) > OBJECTS_AT_MOST:
-            raise RemoteProtocolError(103, f"a Flower message has {len(wanted)} objects", "refused")
-        contents = {object_id: self._object(run_id, object_id) for object_id in wanted}
-        confirm = ConfirmMessageReceivedRequest(node=self._node, run_id=run_id, message_object_id=tree.object_id)
-        self._call(self._fleet.ConfirmMessageReceived, confirm)
-        message = inflate_object_from_contents(tree.object_id, contents)
-        message.metadata.__dict__["_message_id"] = tree.object_id
-        return message
+    def _receive(self, run_id: int, tree: ObjectTree) -> RecordDict:
+        """The message's one config record; its place in the tree is ours to know (medfed/flower.py)."""
+        content = self._object(run_id, _record_id(tree))
+        return RecordDict({RECORD: ConfigRecord.inflate(content)})
 
     def _object(self, run_id: int, object_id: str) -> bytes:
         """One object; it may become available a little after its message."""

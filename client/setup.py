@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from medfed.client.ledger import Ledger
 from medfed.client.policy import HospitalConfig
-from medfed.client.site import CONFIG_NAME, Site, load_site
+from medfed.client.site import CONFIG_NAME, PATIENTS_KEY_BYTES, Site, load_site
 from medfed.errors import ConfigError
 from medfed.identity import create_identity, create_node_key
-from medfed.roster import Enrolment, enrol, load_enrolment
+from medfed.roster import Enrolment, check_nominal_patients, enrol, load_enrolment
 from medfed.seams import Seams
-from medfed.toml_files import parse
+from medfed.toml_files import parse, quoted
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +41,15 @@ def init_site(seams: Seams, folder: Path, options: SiteOptions) -> Enrolment:
     if seams.files.exists(config_path):
         raise ConfigError(212, f"{CONFIG_NAME} exists in this folder", "edit it, or name another folder")
     config = parse(text.encode(), CONFIG_NAME, HospitalConfig)
-    seams.files.make_folder(folder, private=True)
+    check_nominal_patients(options.nominal_patients)
     site = Site(folder, config, seams)
+    for path in (site.identity_path, site.node_key_path, site.patients_key_path, site.ledger_path, site.enrolment_path):
+        if seams.files.exists(path):
+            raise ConfigError(212, f"{path.name} exists in this folder", "name an empty folder")
+    seams.files.make_folder(folder, private=True)
     identity = create_identity(seams.files, site.identity_path, seams.entropy)
     node_key = create_node_key(seams.files, site.node_key_path)
-    seams.files.write(site.patients_key_path, seams.entropy.draw("patients", 32), private=True)
+    seams.files.write(site.patients_key_path, seams.entropy.draw("patients", PATIENTS_KEY_BYTES), private=True)
     Ledger.create(seams.files, site.ledger_path, identity).close()
     document = enrol(identity, options.name, node_key, options.nominal_patients)
     seams.files.write(site.enrolment_path, document.to_bytes())
@@ -62,27 +65,23 @@ def renew_enrolment(site: Site, nominal_patients: int) -> Enrolment:
     return document
 
 
-def _quoted(text: str) -> str:
-    """A TOML basic string: JSON's escapes are a subset of TOML's."""
-    return json.dumps(text)
-
-
 def _config_text(options: SiteOptions) -> str:
-    proxy = '# proxy = "http://proxy.example:3128"' if options.proxy is None else f"proxy = {_quoted(options.proxy)}"
+    proxy = '# proxy = "http://proxy.example:3128"' if options.proxy is None else f"proxy = {quoted(options.proxy)}"
     return f"""\
 # What this hospital allows. Sovereign: nothing a study or the coordinator says can widen it.
 
 [hospital]
-name = {_quoted(options.name)}
+name = {quoted(options.name)}
 
 [coordinator]
-address = {_quoted(options.coordinator)}          # host:port; the only connection this hospital makes
-ca_certificate = {_quoted(options.ca_certificate)}  # the authority of the coordinator's certificate (or a bundle)
+address = {quoted(options.coordinator)}          # host:port; the only connection this hospital makes
+ca_certificate = {quoted(options.ca_certificate)}  # the authority of the coordinator's certificate (or a bundle)
 {proxy}
+# identity = "..."                   # the coordinator's fingerprint as its people read it to you: checked at approval
 
 [data]
-path = {_quoted(options.data)}                # one row a record
-patient_column = {_quoted(options.patient_column)}   # tells which records are one patient's
+path = {quoted(options.data)}                # one row a record
+patient_column = {quoted(options.patient_column)}   # tells which records are one patient's
 holdout = {options.holdout}                    # share of patients set aside for this hospital's own evaluation
 
 [data.columns]                       # study's name = "name in this file", where they differ

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from medfed.client.policy import HospitalConfig
 from medfed.client.sources.csv_table import read_table
-from medfed.errors import ConfigError
+from medfed.errors import ConfigError, EnvironmentFault
 from medfed.identity import Identity, load_identity
 from medfed.models.records import Records, encode_records
 from medfed.seams import Seams
@@ -29,6 +29,7 @@ from medfed.study import Study
 from medfed.toml_files import load
 
 CONFIG_NAME = "hospital.toml"
+PATIENTS_KEY_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class Site:
 
     def keyed_hashes(self, patients: tuple[str, ...]) -> tuple[bytes, ...]:
         """HMAC-SHA256 of each patient id under this hospital's secret: tells patients apart, names nobody."""
-        key = self.seams.files.read_private(self.patients_key_path)
+        key = self._patients_key()
         return tuple(hmac.digest(key, b"medfed/patient/v1" + patient.encode(), hashlib.sha256) for patient in patients)
 
     def holdout(self, patients: tuple[str, ...]) -> NDArray[np.bool_]:
@@ -82,10 +83,17 @@ class Site:
 
         All records of a patient fall on the same side, whatever file they come in.
         """
-        key = self.seams.files.read_private(self.patients_key_path)
+        key = self._patients_key()
         bar = self.config.data.holdout * 2.0**64
         digests = (hmac.digest(key, b"medfed/holdout/v1" + patient.encode(), hashlib.sha256) for patient in patients)
         return np.array([int.from_bytes(digest[:8], "big") < bar for digest in digests], np.bool_)
+
+    def _patients_key(self) -> bytes:
+        """Another key would make strangers of the same patients and begin their account anew."""
+        key = self.seams.files.read_private(self.patients_key_path)
+        if len(key) != PATIENTS_KEY_BYTES:
+            raise EnvironmentFault(211, f"{self.patients_key_path.name} is not the key made here", "restore it from backup")
+        return key
 
 
 def _columns(study: Study) -> list[str]:

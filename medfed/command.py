@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import itertools
 import json
 import logging
 import os
@@ -17,6 +19,8 @@ EXIT_HELP = (
     "exit status: 0 done, 2 usage or unreadable input, 3 refused by policy, 4 integrity, 5 budget, 6 environment, "
     "130 interrupted (resumable)"
 )
+
+REHEARSAL_ONLY = frozenset({"--seed", "--no-dp", "--insecure"})
 
 Action = Callable[[argparse.Namespace], int]
 
@@ -36,11 +40,30 @@ def new_parser(program: str, description: str) -> tuple[Parser, argparse._SubPar
     return parser, commands
 
 
-def run_command(parser: Parser, argv: Sequence[str] | None) -> int:
-    """Parse, act, and turn every outcome into an exit status and at most one line on standard error."""
-    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+def refuse_rehearsal_options(argv: Sequence[str]) -> None:
+    """Raise MF-701 for what weakens a guarantee and so exists in ``medfed-simulate`` only (threats.md, row 41)."""
+    for option, value in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        name, _, joined = option.partition("=")
+        if name in REHEARSAL_ONLY or (name == "--epsilon" and (joined or value).lower() == "none"):
+            raise MedfedError(701, f"{name} is not for real patients", "it exists in medfed-simulate only")
+
+
+def run_command(
+    parser: Parser, argv: Sequence[str] | None, check: Callable[[Sequence[str]], None] | None = None
+) -> int:
+    """Parse, act, and turn every outcome into an exit status and at most one line on standard error.
+
+    ``check`` sees the arguments before they are parsed and may refuse them.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in given
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Unicode shows escapes
     try:
-        arguments = parser.parse_args(argv)
+        if check is not None:
+            check(given)
+        _require_text(given)
+        arguments = parser.parse_args(given)
         _log_to_stderr(arguments.debug)
         action: Action = arguments.action
         return action(arguments)
@@ -55,6 +78,12 @@ def run_command(parser: Parser, argv: Sequence[str] | None) -> int:
     except Exception as error:  # the class name only: an exception's text may hold patients' data
         what = f"MF-900 internal error ({type(error).__name__}): please report it; --debug shows where"
         return _fail(what, ExitStatus.INTEGRITY, debug)
+
+
+def _require_text(argv: Sequence[str]) -> None:
+    """File names that are no UTF-8 reach Python as lone surrogates, which no file can hold."""
+    if any("\ud800" <= character <= "\udfff" for argument in argv for character in argument):
+        raise ConfigError(100, "an argument is not UTF-8", "rename the file")
 
 
 def _fail(line: str, status: ExitStatus, debug: bool) -> int:
@@ -90,6 +119,6 @@ def confirm(question: str, *, assume_yes: bool) -> bool:
         return True
     if not sys.stdin.isatty():
         raise ConfigError(100, "a person has to confirm this", "answer at a terminal, or pass --yes")
-    sys.stdout.write(f"{question} [yes/no] ")
-    sys.stdout.flush()
+    sys.stderr.write(f"{question} [yes/no] ")  # standard output may be a file or a program
+    sys.stderr.flush()
     return sys.stdin.readline().strip().lower() == "yes"

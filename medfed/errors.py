@@ -67,6 +67,7 @@ EXIT_STATUS: dict[int, tuple[ExitStatus, str]] = {
     145: (_P, "the masked sum could overflow"),
     147: (_P, "more unconfirmed hospitals than colluders allowed for"),
     148: (_P, "a hospital in the roster contradicts its confirmed enrolment document"),
+    149: (_P, "the roster's coordinator is not the one this hospital confirmed"),
     150: (_I, "model state is not the one this hospital computed"),
     151: (_P, "only safetensors files are accepted as models"),
     152: (_I, "model file malformed"),

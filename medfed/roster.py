@@ -69,8 +69,15 @@ class Enrolment(_Document):
         return (json.dumps(self.model_dump(), indent=1, sort_keys=True) + "\n").encode()
 
 
+def check_nominal_patients(nominal_patients: int) -> None:
+    """Raise MF-203 for a number of patients that no enrolment document may declare."""
+    if not 1 <= nominal_patients <= 100_000_000:
+        raise ConfigError(203, f"{nominal_patients} patients", "declare a whole number from 1 to 100000000")
+
+
 def enrol(identity: Identity, hospital: str, node_key: str, nominal_patients: int) -> Enrolment:
     """Write and sign an enrolment document."""
+    check_nominal_patients(nominal_patients)
     try:
         unsigned = Enrolment(
             format="medfed-enrolment-1",
@@ -83,7 +90,7 @@ def enrol(identity: Identity, hospital: str, node_key: str, nominal_patients: in
     except ValidationError as error:
         field = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise ConfigError(
-            203, f"{field} not usable", "names: letters, digits, space . _ - (at most 64); patients: a whole number"
+            203, f"{field} not usable", "names: letters, digits, space . _ - (at most 64)"
         ) from error
     return unsigned.model_copy(update={"signature": identity.sign(unsigned._signed_bytes()).hex()})
 

@@ -161,10 +161,14 @@ class SystemFiles:
     """The machine's disk."""
 
     def read(self, path: Path, *, limit_bytes: int = 1 << 30) -> bytes:
-        with _named_faults(path), path.open("rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        with _named_faults(path):
+            # not to block: the open of a pipe would wait for a writer, for ever
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                os.close(handle)
                 raise EnvironmentFault(204, f"{path.name} is not a regular file", "name a plain file")
-            data = file.read(limit_bytes + 1)
+            with os.fdopen(handle, "rb") as file:
+                data = file.read(limit_bytes + 1)
         if len(data) > limit_bytes:
             raise EnvironmentFault(609, f"{path.name} is larger than {limit_bytes} bytes", "name the right file")
         return data

@@ -72,6 +72,19 @@ def validate(values: Mapping[str, object], name: str, model: type[Model]) -> Mod
         raise _explain(error.errors(include_url=False), name, model) from None
 
 
+def quoted(text: str) -> str:
+    """``text`` as a TOML basic string; what does not print (controls, bidirectional overrides) stands escaped."""
+    return '"' + "".join(_escaped(character) for character in text) + '"'
+
+
+def _escaped(character: str) -> str:
+    if character in '"\\':
+        return "\\" + character
+    if character.isprintable():
+        return character
+    return f"\\u{ord(character):04x}" if ord(character) < 0x10000 else f"\\U{ord(character):08x}"
+
+
 def _require_closed(model: type[BaseModel]) -> None:
     if model.model_config.get("extra") != "forbid":
         raise TypeError(f"{model.__name__} must be declared with extra='forbid'")

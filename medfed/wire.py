@@ -207,6 +207,19 @@ def _layout(kind: type[Message]) -> _Layout:
 _LAYOUTS = {kind: _layout(kind) for kind in _KINDS.values()}
 
 
+def upload_size_bytes(payload_bytes: int) -> int:
+    """Length of an ``Upload`` with such a payload, whoever sends it and whatever it holds."""
+    return _HEADER_BYTES + sum(_empty_width(rule) for _, rule in _LAYOUTS[Upload]) + payload_bytes + SIGNATURE_BYTES
+
+
+def _empty_width(rule: _Unsigned | _Fixed | _Variable | _Items) -> int:
+    if isinstance(rule, _Unsigned):
+        return rule.width
+    if isinstance(rule, _Fixed):
+        return rule.size
+    return 4 if isinstance(rule, _Variable) else 2  # the length or the count
+
+
 def encode(message: Message, identity: Identity) -> bytes:
     """The signed frame of ``message``."""
     parts = [MAGIC, bytes([VERSION, message.KIND])]

@@ -59,6 +59,11 @@ def create_authority(files: Files, paths: CertificateFiles, clock: Clock) -> Non
     files.write(paths.authority, certificate.public_bytes(Encoding.PEM))
 
 
+def check_host_names(hosts: Sequence[str]) -> None:
+    """Raise MF-203 for an empty list or a name that cannot stand in a certificate."""
+    _subject_names(hosts)
+
+
 def create_server_certificate(files: Files, paths: CertificateFiles, hosts: Sequence[str], clock: Clock) -> None:
     """Issue the TLS certificate (EC P-256, 398 days) for every name and address in ``hosts``; replaces an older one.
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from medfed.errors import ConfigError
+from medfed.errors import ConfigError, PrivacyError
 from medfed.models import catalogue, parameters
 from medfed.privacy import plan as plans
 from medfed.roster import Roster
@@ -29,6 +29,7 @@ from medfed.study import (
 from medfed.toml_files import StrictModel, load
 
 TEMPLATES = Path(__file__).parent / "templates"
+FEWEST_HOSPITALS = 3
 
 
 class ModelShape(StrictModel):
@@ -86,8 +87,11 @@ def plan_study(task: TaskFile, decisions: Decisions, roster: Roster) -> tuple[St
     A model with random first weights takes them from torch's generator, seeded by the operating system: first weights
     are public and carry no secret.
 
-    Raises: ``ConfigError`` MF-203 for values no study may have, ``PrivacyError`` MF-145 for a ring too narrow.
+    Raises: ``ConfigError`` MF-203 for values no study may have, ``PrivacyError`` MF-140 for fewer than 3 hospitals,
+    MF-145 for a ring too narrow.
     """
+    if len(roster.hospitals) < FEWEST_HOSPITALS:
+        raise PrivacyError(140, f"{len(roster.hospitals)} hospitals are enrolled", "a sum needs at least 3: enroll more")
     largest = max(entry.nominal_patients for entry in roster.hospitals)
     try:
         draft = Study(

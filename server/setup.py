@@ -17,11 +17,16 @@ from typing import Annotated
 
 from pydantic import Field
 
-from medfed.errors import ConfigError
+from medfed.errors import ConfigError, PrivacyError
 from medfed.identity import Identity, create_identity, load_identity
 from medfed.roster import Enrolment, Roster, load_enrolment, load_roster
 from medfed.seams import Seams
-from medfed.server.certificates import CertificateFiles, create_authority, create_server_certificate
+from medfed.server.certificates import (
+    CertificateFiles,
+    check_host_names,
+    create_authority,
+    create_server_certificate,
+)
 from medfed.toml_files import StrictModel, load
 
 CONFIG_NAME, ROSTER_NAME, STUDY_NAME, MODEL_NAME = "server.toml", "roster.json", "study.toml", "first_model.safetensors"
@@ -73,13 +78,21 @@ class Office:
 
 
 def init_office(seams: Seams, folder: Path, names: Sequence[str], listen: Listen) -> Identity:
-    """Lay out a new coordinator's folder; ``names`` are the host names and addresses hospitals will use."""
+    """Lay out a new coordinator's folder; ``names`` are the host names and addresses hospitals will use.
+
+    Raises, with nothing written: MF-212 if the folder is in use, MF-203 for a name that cannot be one.
+    """
     if seams.files.exists(folder / CONFIG_NAME):
         raise ConfigError(212, f"{CONFIG_NAME} exists in this folder", "edit it, or name another folder")
+    tls = certificate_files(folder)
+    check_host_names(names)
+    for path in (folder / "identity.key", tls.authority, tls.authority_key, tls.certificate, tls.key):
+        if seams.files.exists(path):
+            raise ConfigError(212, f"{path.name} exists in this folder", "name an empty folder")
     seams.files.make_folder(folder, private=True)
     seams.files.make_folder(folder / "tls", private=True)
-    create_authority(seams.files, certificate_files(folder), seams.clock)
-    create_server_certificate(seams.files, certificate_files(folder), names, seams.clock)
+    create_authority(seams.files, tls, seams.clock)
+    create_server_certificate(seams.files, tls, names, seams.clock)
     identity = create_identity(seams.files, folder / "identity.key", seams.entropy)
     seams.files.write(folder / CONFIG_NAME, _config_text(listen).encode())
     return identity
@@ -104,15 +117,21 @@ def load_office(seams: Seams, config_path: Path) -> Office:
 
 
 def enroll(seams: Seams, folder: Path, paths: Sequence[Path]) -> Roster:
-    """Put hospitals' documents into the roster. A hospital of the same name gets its entry replaced, others are added."""
+    """Put hospitals' documents into the roster. A hospital of the same name gets its entry replaced, others are added.
+
+    Raises, with the roster unchanged: ``PrivacyError`` MF-143 for a hospital that is listed twice or under two names.
+    """
     identity = load_identity(seams.files, folder / "identity.key")
     roster_path = folder / ROSTER_NAME
     entries: dict[str, Enrolment] = {}
     if seams.files.exists(roster_path):
         entries = {entry.hospital: entry for entry in load_roster(seams.files, roster_path).hospitals}
+    given: dict[str, Enrolment] = {}
     for path in paths:
         document = load_enrolment(seams.files, path)
-        entries[document.hospital] = document
+        if given.setdefault(document.hospital, document) != document:
+            raise PrivacyError(143, f"two documents are of {document.hospital}", "enrol each hospital once")
+    entries |= given
     if not 1 <= len(entries) <= 128:
         raise ConfigError(140, f"{len(entries)} hospitals", "a roster holds 1 to 128")
     roster = Roster(format="medfed-roster-1", coordinator=identity.public.hex(), hospitals=list(entries.values()))

@@ -9,7 +9,7 @@ import json
 
 from medfed.errors import LocalProtocolError
 from medfed.study import Study
-from medfed.toml_files import parse
+from medfed.toml_files import parse, quoted
 
 _HEADS = {
     "study": "What this study is. Hospitals approve it by the hash of its contents (comments do not count).",
@@ -77,4 +77,6 @@ def _toml(value: _Value) -> str:
         return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
-    return json.dumps(value)  # strings, booleans and finite numbers are written alike in JSON and TOML
+    if isinstance(value, str):
+        return quoted(value)
+    return json.dumps(value)  # booleans and finite numbers are written alike in JSON and TOML

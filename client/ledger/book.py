@@ -27,7 +27,6 @@ from medfed.client.ledger.accounts import (
     price,
     require_lifetime_fits,
     require_study_fits,
-    snapshot_digest,
 )
 from medfed.client.ledger.entries import (
     HASH_BYTES,
@@ -40,7 +39,7 @@ from medfed.client.ledger.entries import (
     ReasonBody,
     SealedBody,
 )
-from medfed.client.ledger.rows import approved_body, contents, reserved_body
+from medfed.client.ledger.rows import approved_body, reserved_body
 from medfed.client.ledger.store import Store
 from medfed.client.ledger.view import LedgerView, Sealed
 from medfed.errors import BudgetExhausted, ConfigError, LocalProtocolError, PrivacyError
@@ -108,15 +107,6 @@ class Ledger(LedgerView):
             entry = self._store.append(Draft(Kind.APPROVED, approval.study, 0, body))
             self._store.add_patients(entry.seq, distinct)
         return outlook
-
-    def _is_same(self, known: ApprovedStudy, approval: Approval, patients: frozenset[bytes]) -> bool:
-        """Whether this very approval stands; MF-125 if the study ended or stands with other contents."""
-        if known.state is not StudyState.OPEN:
-            raise PrivacyError(125, f"this study is {known.state.value} here", "a new study needs a new hash")
-        same = contents(known.approval) == contents(approval) and known.snapshot == snapshot_digest(patients)
-        if not same:
-            raise PrivacyError(125, "this study is approved here with other contents", "withdraw it, make a new study")
-        return True
 
     def close_study(self, study: bytes, reason: str) -> None:
         """The study is over: what it did not use is free again for others; nothing more leaves. Twice is fine."""

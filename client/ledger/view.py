@@ -21,9 +21,10 @@ from medfed.client.ledger.accounts import (
     price,
     require_lifetime_fits,
     require_study_fits,
+    snapshot_digest,
 )
 from medfed.client.ledger.entries import HASH_BYTES, AttemptState, Entry, Head, Kind, SealedBody
-from medfed.client.ledger.rows import approved_study
+from medfed.client.ledger.rows import approved_study, contents
 from medfed.client.ledger.store import Store
 from medfed.errors import DataError, LocalProtocolError, PrivacyError
 from medfed.identity import Identity
@@ -177,8 +178,22 @@ class LedgerView:
             )
 
     def preview(self, approval: Approval, patients: Iterable[bytes], caps: Caps) -> ApprovalOutlook:
-        """What ``approve`` would say, without writing."""
-        return self._look_ahead(approval, frozenset(patients), caps)[0]
+        """What ``approve`` would say or raise, without writing."""
+        distinct = frozenset(patients)
+        known = self._find(approval.study)
+        if known is not None and self._is_same(known, approval, distinct):
+            return self._outlook_of(known, caps)
+        return self._look_ahead(approval, distinct, caps)[0]
+
+    @staticmethod
+    def _is_same(known: ApprovedStudy, approval: Approval, patients: frozenset[bytes]) -> bool:
+        """Whether this very approval stands; MF-125 if the study ended or stands with other contents."""
+        if known.state is not StudyState.OPEN:
+            raise PrivacyError(125, f"this study is {known.state.value} here", "a new study needs a new hash")
+        same = contents(known.approval) == contents(approval) and known.snapshot == snapshot_digest(patients)
+        if not same:
+            raise PrivacyError(125, "this study is approved here with other contents", "withdraw it, make a new study")
+        return True
 
     def _look_ahead(
         self, approval: Approval, patients: frozenset[bytes], caps: Caps

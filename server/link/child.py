@@ -22,18 +22,28 @@ from typing import NoReturn
 import httpx
 from pydantic import BaseModel, ConfigDict
 
-from medfed.flower import OBJECTS_AT_MOST, hush
+from medfed.flower import RECORD, hush
 
 # isort: split
-from flwr.app import Error, Message
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app.message import remove_content_from_message
 from flwr.common.constant import ErrorCode
-from flwr.common.serde import context_from_proto, message_from_proto, run_from_proto
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest
+from flwr.common.serde import context_from_proto, message_from_proto, message_to_proto, run_from_proto
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest, PushObjectRequest
 from flwr.proto.message_pb2 import Message as MessageProto
-from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullTaskInputRequest, PushTaskOutputRequest
+from flwr.proto.runtime_pb2 import (
+    PullAppMessagesRequest,
+    PullTaskInputRequest,
+    PushAppMessagesRequest,
+    PushTaskOutputRequest,
+)
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.inflatable.inflatable_object import (
+    InflatableObject,
+    get_all_nested_objects,
+    get_object_tree,
+    no_object_id_recompute,
+)
 from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
@@ -63,75 +73,84 @@ class Orders(BaseModel):
     config_path: str
 
 
-class _UnfinishedReply:
-    """A reply whose objects are still on their way from the hospital."""
-
-    def __init__(self, proto: MessageProto, tree: ObjectTree) -> None:
-        self.proto = proto
-        self.id: str = proto.metadata.message_id
-        self.wanted: list[str] = [node.object_id for node in iterate_object_tree(tree)]
-        self.contents: dict[str, bytes] = {}
-
-
 class RunGrid(HttpGrid):  # type: ignore[misc]
     """Flower's grid, except that one hospital can neither block nor break the reading of the others' replies.
 
     Flower shows a reply before its objects are stored and then waits for them, up to two hours; and it lets an
     exception over one reply's content out of the loop over all. Here a reply is taken up again at the next call until
-    it is whole, and one that cannot be read becomes an error message.
+    its record is there, and one that cannot be read becomes an error message. In the other direction a hospital may
+    confirm a message, and so delete its objects, before all of them are pushed: Flower's own pushing fails then.
     """
 
     def __init__(self, admin: str, token: str) -> None:
         super().__init__(admin, insecure=True, token=token)
-        self._unfinished: dict[str, _UnfinishedReply] = {}
+        self._unfinished: dict[str, tuple[MessageProto, ObjectTree]] = {}
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        protos, trees = [], []
+        objects: dict[str, InflatableObject] = {}
+        with no_object_id_recompute():
+            for message in messages:
+                message.metadata.__dict__["_message_id"] = message.object_id
+                protos.append(message_to_proto(remove_content_from_message(message)))
+                trees.append(get_object_tree(message))
+                objects.update(get_all_nested_objects(message))
+            request = PushAppMessagesRequest(messages_list=protos, message_object_trees=trees)
+            pushed = self._runtime_client.PushMessages(request)
+            # the records first: they are what hospitals wait for
+            for name in sorted(pushed.objects_to_push, key=lambda name: not isinstance(objects[name], ConfigRecord)):
+                part = PushObjectRequest(
+                    node=self.node,
+                    run_id=self.run.run_id,
+                    session_id=pushed.session_id,
+                    object_id=name,
+                    object_content=objects[name].deflate(),
+                )
+                self._runtime_client.PushObject(part)  # stored, or no longer wanted
+        ids: list[str] = list(pushed.message_ids)
+        return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         asked = [i for i in message_ids if i not in self._unfinished]
         if asked:
             pulled = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=asked))
             for proto, tree in zip(pulled.messages_list, pulled.message_object_trees, strict=True):
-                self._unfinished[proto.metadata.reply_to_message_id] = _UnfinishedReply(proto, tree)
+                self._unfinished[proto.metadata.reply_to_message_id] = (proto, tree)
         return [reply for i in list(self._unfinished) if (reply := self._finish(i)) is not None]
 
     def _finish(self, message_id: str) -> Message | None:
-        reply = self._unfinished[message_id]
+        """The reply if it is all there. Its metadata are the store's, which knows who answered what."""
+        proto, tree = self._unfinished[message_id]
+        message = message_from_proto(proto)
         try:
-            if len(reply.wanted) > OBJECTS_AT_MOST:
-                raise ValueError
-            if not self._fetch(reply):
-                return None
-            whole = inflate_object_from_contents(reply.id, reply.contents)
-            if not isinstance(whole, Message):
-                raise TypeError
-            parts = (whole.content if whole.has_content() else None, whole.error if whole.has_error() else None)
+            if not message.has_error():
+                record = self._record(tree)
+                if record is None:
+                    return None
+                message.content = RecordDict({RECORD: record})
         except httpx.HTTPError:
             raise
         except Exception as error:  # whatever a hospital's bytes can raise in Flower's parsers
             log.warning("a reply could not be read: %s", type(error).__name__)
-            parts = (None, Error(ErrorCode.UNKNOWN, "malformed"))
-        # the metadata are the store's, which knows what was answered by whom; those in the content are the sender's
-        message = message_from_proto(reply.proto)
-        message.__dict__["_content"], message.__dict__["_error"] = parts
+            message.__dict__.update(_content=None, _error=Error(ErrorCode.UNKNOWN, "malformed"))
+        self._runtime_client.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(
+                node=self.node, run_id=self.run.run_id, message_object_id=proto.metadata.message_id
+            )
+        )
         del self._unfinished[message_id]
         return message
 
-    def _fetch(self, reply: _UnfinishedReply) -> bool:
-        """Read what is there; True once all is."""
-        run_id = self.run.run_id
-        for object_id in reply.wanted:
-            if object_id in reply.contents:
-                continue
-            request = PullObjectRequest(node=self.node, run_id=run_id, object_id=object_id)
-            got = self._runtime_client.PullObject(request)
-            if not got.object_found:
-                raise LookupError
-            if not got.object_available:
-                return False
-            reply.contents[object_id] = got.object_content
-        self._runtime_client.ConfirmMessageReceived(
-            ConfirmMessageReceivedRequest(node=self.node, run_id=run_id, message_object_id=reply.id)
-        )
-        return True
+    def _record(self, tree: ObjectTree) -> ConfigRecord | None:
+        """The one config record of a reply (medfed/flower.py), None while it is on its way."""
+        if len(tree.children) != 1 or len(tree.children[0].children) != 1:
+            raise ValueError
+        leaf = tree.children[0].children[0].object_id
+        request = PullObjectRequest(node=self.node, run_id=self.run.run_id, object_id=leaf)
+        got = self._runtime_client.PullObject(request)
+        if not got.object_found:
+            raise LookupError
+        return ConfigRecord.inflate(got.object_content) if got.object_available else None
 
 
 def run(orders: Orders) -> None:

@@ -189,7 +189,8 @@ def test_preview_says_the_same_and_writes_nothing(ledger: Ledger) -> None:
 def test_same_approval_again_costs_nothing(approved: Ledger) -> None:
     before = approved.entries()
     later = replace(approval(), approved_wall_s=5000.0)
-    assert approved.approve(later, people(3, 2, 1), CAPS).account == ()
+    tight = replace(CAPS, max_epsilon_lifetime=epsilon(compose(NOISE, 5), CAPS.lifetime_delta) + 1e-5)
+    assert approved.preview(later, people(3, 2, 1), tight) == approved.approve(later, people(3, 2, 1), tight)
     assert approved.entries() == before
 
 
@@ -199,6 +200,8 @@ def test_same_study_with_other_contents_is_refused(approved: Ledger, other: Appr
         approved.approve(other, people(1, 2, 3), CAPS)
     with refused(125, approved):
         approved.approve(approval(), people(1, 2), CAPS)
+    with refused(125, approved):
+        approved.preview(other, people(1, 2, 3), CAPS)
 
 
 @pytest.mark.parametrize("end", [Ledger.close_study, Ledger.withdraw])

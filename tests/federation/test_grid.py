@@ -120,7 +120,7 @@ class FakeRuntime:
     """Flower's runtime interface as far as RunGrid uses it, holding what hospitals pushed."""
 
     def __init__(self) -> None:
-        self.replies, self.objects, self.confirmed = [], {}, []
+        self.replies, self.objects, self.confirmed, self.pulled = [], {}, [], []
 
     def add(self, message_id: str, message: Message, keep=lambda name, data: data) -> None:
         message.metadata.__dict__["_message_id"] = message.object_id
@@ -137,6 +137,7 @@ class FakeRuntime:
         return SimpleNamespace(messages_list=[p for p, _ in found], message_object_trees=[t for _, t in found])
 
     def PullObject(self, request):
+        self.pulled.append(request.object_id)
         content = self.objects.get(request.object_id)
         return SimpleNamespace(
             object_found=request.object_id in self.objects, object_available=content is not None, object_content=content
@@ -193,4 +194,4 @@ def test_grid_refuses_a_reply_of_many_objects_unseen(run_grid):
     runtime.add("many", Message(many, 7, "train"))
     (message,) = grid.pull_messages(["many"])
     assert message.error.reason == "malformed"
-    assert runtime.confirmed == []
+    assert runtime.pulled == []

@@ -31,7 +31,16 @@ def test_flower_is_the_version_the_adapters_were_read_against():
     assert flwr.__version__.startswith("1.41.")
 
 
-def test_rounds_over_tls_carry_the_bytes_and_cost_little(place):
+def test_rounds_over_tls_carry_the_bytes_and_cost_little(place, monkeypatch):
+    kept = []
+    stop_run = superlink.SuperLink.stop_run
+
+    def look_and_stop(self, run_id):
+        kept.append(self._app.state.linkstate_factory.state().object_store.store)
+        kept[-1] = [len(entry.content) for entry in kept[-1].values()]
+        stop_run(self, run_id)
+
+    monkeypatch.setattr(superlink.SuperLink, "stop_run", look_and_stop)
     with ConnectProxy() as proxy:
         server = place.serve("rounds", hospitals=2, rounds=6)
         nodes = [
@@ -44,6 +53,8 @@ def test_rounds_over_tls_carry_the_bytes_and_cost_little(place):
     result = place.result()
     assert result["answers"] == [[[0, f"h0:round {i}"], [1, f"h1:round {i}"]] for i in range(6)]
     assert not result["token_in_argv"]
+    print(kept)
+    assert len(kept[0]) <= 4, "objects of finished messages stay in memory"
     # measured 0.17-0.21 s with two hospitals; the bound is wide for a busy machine, Flower's own parts take over 3 s
     assert statistics.median(result["seconds"]) < 1.0
     assert set(proxy.seen) == {f"CONNECT localhost:{place.port}"}

@@ -1,0 +1,243 @@
+"""What a study asks of a hospital, for the person who decides: one card, shown as plain words or as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypedDict
+
+from medfed.client.approval import Review, coordinator_fingerprint
+from medfed.client.ledger import ApprovalOutlook, Caps
+from medfed.display import block, shown
+from medfed.privacy.plan import Plan
+from medfed.privacy.secagg.protocol import OFFER_BYTES, AggregatorConfig
+from medfed.privacy.statement import statement
+from medfed.study import Feature, NumericFeature, Study
+from medfed.wire import upload_size_bytes
+
+
+class Cost(TypedDict):
+    """Epsilons of one study, upper bounds, at ``delta``. ``epsilon`` counts all attempts: that is what is reserved."""
+
+    epsilon: float
+    epsilon_without_spares: float
+    epsilon_own_noise_alone: float
+    delta: float
+    rounds: int
+    spare_attempts: int
+    max_epsilon_study: float
+
+
+class Lifetime(TypedDict):
+    """Epsilons at ``delta`` of all studies on these patients together."""
+
+    before: float
+    after: float
+    cap: float
+    delta: float
+
+
+class Participant(TypedDict):
+    """A hospital of the roster. ``confirmed``: this hospital holds its document from itself, or it is this hospital."""
+
+    hospital: str
+    fingerprint: str
+    declared_patients: int
+    is_this_hospital: bool
+    confirmed: bool
+
+
+class Leaving(TypedDict):
+    """Bytes on the wire, the same for every hospital; ``values``: numbers in one masked vector."""
+
+    key_offer_bytes: int
+    upload_bytes_per_round: int
+    values: int
+
+
+class Card(TypedDict):
+    """Everything the decision rests on. Texts are as the study has them: ``in_words`` makes them safe to show."""
+
+    study: str
+    study_sha256: str
+    purpose: str
+    expires: str
+    label: str
+    classes: int
+    columns: list[str]
+    max_records_per_patient: int
+    model: str
+    parameters: int
+    records: int
+    patients: int
+    training_patients: int
+    holdout_patients: int
+    mode: str
+    unit: str
+    holds_against: str
+    not_claimed: str
+    cost: Cost
+    lifetime: Lifetime
+    hospitals: list[Participant]
+    colluders: int
+    coordinator: str
+    coordinator_confirmed: bool
+    leaves: Leaving
+
+
+def cost(study: Study, plan: Plan, caps: Caps) -> Cost:
+    """What the study alone costs a patient."""
+    return Cost(
+        epsilon=plan.epsilon,
+        epsilon_without_spares=plan.epsilon_after(study.training.rounds),
+        epsilon_own_noise_alone=plan.own_epsilon,
+        delta=plan.delta,
+        rounds=study.training.rounds,
+        spare_attempts=study.training.spare_attempts,
+        max_epsilon_study=caps.max_epsilon_study,
+    )
+
+
+def card(reviewed: Review, outlook: ApprovalOutlook, caps: Caps, *, coordinator_confirmed: bool) -> Card:
+    """Gather what ``in_words`` tells."""
+    study, plan, patients = reviewed.study, reviewed.plan, reviewed.records.patients
+    said = statement(study, plan, 0, {})
+    return Card(
+        study=study.study.name,
+        study_sha256=study.hash().hex(),
+        purpose=study.study.purpose,
+        expires=study.study.expires,
+        label=study.task.label,
+        classes=study.task.classes,
+        columns=[_column(feature) for feature in study.data.features],
+        max_records_per_patient=study.data.max_records_per_patient,
+        model=" ".join([study.model.name, *map(str, study.model.hidden)]),
+        parameters=plan.words,
+        records=len(patients),
+        patients=len(set(patients)),
+        training_patients=reviewed.training_patients,
+        holdout_patients=reviewed.holdout_patients,
+        mode=study.privacy.mode,
+        unit=study.privacy.unit,
+        holds_against=said["holds_against"],
+        not_claimed=said["not_claimed"],
+        cost=cost(study, plan, caps),
+        lifetime=Lifetime(
+            before=outlook.lifetime_before,
+            after=outlook.lifetime_after,
+            cap=caps.max_epsilon_lifetime,
+            delta=caps.lifetime_delta,
+        ),
+        hospitals=_participants(reviewed),
+        colluders=study.cohort.colluders,
+        coordinator=coordinator_fingerprint(reviewed.roster),
+        coordinator_confirmed=coordinator_confirmed,
+        leaves=_leaving(reviewed),
+    )
+
+
+def _participants(reviewed: Review) -> list[Participant]:
+    return [
+        Participant(
+            hospital=entry.hospital,
+            fingerprint=entry.fingerprint,
+            declared_patients=entry.nominal_patients,
+            is_this_hospital=position == reviewed.position,
+            confirmed=entry not in reviewed.unconfirmed,
+        )
+        for position, entry in enumerate(reviewed.roster.hospitals)
+    ]
+
+
+def _leaving(reviewed: Review) -> Leaving:
+    study, roster, words = reviewed.study, reviewed.roster, reviewed.plan.words
+    session = AggregatorConfig(
+        study.hash(), roster.hash(), roster.identities, study.cohort.colluders, words, reviewed.plan.ring_bits
+    )
+    upload = upload_size_bytes(session.upload_bytes)
+    return Leaving(key_offer_bytes=OFFER_BYTES, upload_bytes_per_round=upload, values=words)
+
+
+def _column(feature: Feature) -> str:
+    if isinstance(feature, NumericFeature):
+        outside = "outside is an error" if feature.outside == "refuse" else "outside counts as the bound"
+        missing = "" if feature.missing is None else f", missing counts as {feature.missing:g}"
+        unit = f" {feature.unit}" if feature.unit else ""
+        return f"{feature.name}: {feature.minimum:g} to {feature.maximum:g}{unit}, {outside}{missing}"
+    missing = "" if feature.missing is None else f", missing counts as {feature.missing}"
+    return f"{feature.name}: one of {', '.join(feature.levels)}{missing}"
+
+
+# ------------------------------------------------------------------------------------------------------- in plain words
+
+
+def in_words(asked: Card) -> list[str]:
+    """The card as lines for a terminal; every text that came with the study is escaped and marked."""
+    return [*_what(asked), "", *_cost(asked), "", *_who(asked), "", *_leaves(asked["leaves"])]
+
+
+def _what(asked: Card) -> Iterator[str]:
+    yield f"Study {shown(asked['study'])}, until {asked['expires']}"
+    yield f"  hash {asked['study_sha256']}"
+    yield "It says of itself:"
+    yield from block(asked["purpose"])
+    yield ""
+    yield f"It reads from your records, at most {asked['max_records_per_patient']} of a patient:"
+    yield from (f"  - {shown(column)}" for column in asked["columns"])
+    yield f"  - {shown(asked['label'])}: what is predicted, one of {asked['classes']} classes"
+    yield (
+        f"Your data fit: {asked['records']} records of {asked['patients']} patients, "
+        f"{asked['holdout_patients']} of them set aside and never trained on."
+    )
+    yield f"It trains: {asked['model']}, {asked['parameters']} parameters."
+
+
+def _cost(asked: Card) -> Iterator[str]:
+    price, lifetime = asked["cost"], asked["lifetime"]
+    yield f"What it costs each {asked['unit']} (delta {price['delta']:g}):"
+    yield (
+        f"  epsilon {_figure(price['epsilon'])} for {price['rounds']} rounds and {price['spare_attempts']} spare attempts, "
+        f"{_figure(price['epsilon_without_spares'])} if no spare is needed; your cap for a study is "
+        f"{price['max_epsilon_study']:g}"
+    )
+    yield (
+        f"  these patients' lifetime: {_figure(lifetime['before'])} before, {_figure(lifetime['after'])} with this study; "
+        f"your cap is {lifetime['cap']:g} (delta {lifetime['delta']:g})"
+    )
+    yield f"  mode {asked['mode']}: holds against {asked['holds_against']}"
+    if asked["mode"] == "distributed":
+        yield (
+            f"  your own noise alone, should the secure sum fail: epsilon {_figure(price['epsilon_own_noise_alone'])}"
+        )
+    yield f"  not claimed: {asked['not_claimed']}"
+
+
+def _who(asked: Card) -> Iterator[str]:
+    hospitals = asked["hospitals"]
+    yield f"Who takes part: {len(hospitals)} hospitals, of which {asked['colluders']} may conspire with the coordinator."
+    for entry in hospitals:
+        mark = "this hospital" if entry["is_this_hospital"] else "confirmed" if entry["confirmed"] else "UNCONFIRMED"
+        yield f"  {mark:13} {shown(entry['hospital'])}, {entry['declared_patients']} patients declared"
+        yield f"  {'':13} {entry['fingerprint']}"
+    unconfirmed = sum(not entry["confirmed"] for entry in hospitals)
+    if unconfirmed:
+        yield (
+            f"  {unconfirmed} UNCONFIRMED: could be the coordinator's inventions; they use up {unconfirmed} of the "
+            f"{asked['colluders']} colluders allowed for"
+        )
+    mark = "confirmed in hospital.toml" if asked["coordinator_confirmed"] else "UNCONFIRMED: compare by telephone"
+    yield f"  coordinator: {asked['coordinator']} ({mark})"
+
+
+def _leaves(leaves: Leaving) -> Iterator[str]:
+    yield "What leaves this hospital:"
+    yield (
+        f"  each attempt one masked, noised vector of {leaves['values']} numbers: {leaves['upload_bytes_per_round']} bytes, "
+        "the same length whatever your data"
+    )
+    yield f"  each session one public key offer of {leaves['key_offer_bytes']} bytes, and signed acknowledgements or refusals"
+    yield "  nothing else: no records, no counts, no metrics, no names"
+
+
+def _figure(epsilon: float) -> str:
+    """Three decimals, rounded up."""
+    return f"{-(-epsilon * 1000 // 1) / 1000:.3f}" if epsilon < 1e12 else "without bound"

@@ -1,0 +1,143 @@
+"""``medfed-client plan``: what a study would cost at this hospital, before anybody joins. Writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TypedDict
+
+from medfed.client.approval import caps_of
+from medfed.client.explain import Cost, Lifetime, cost
+from medfed.client.ledger import Approval, Caps, LedgerView
+from medfed.client.site import Site
+from medfed.display import shown
+from medfed.errors import BudgetExhausted, MedfedError, PrivacyError
+from medfed.models import catalogue, parameters
+from medfed.privacy.plan import Plan, make_plan
+from medfed.roster import load_enrolment
+from medfed.study import Study, load_study
+
+_NO_CAP = 1e12
+
+
+class Forecast(TypedDict):
+    """``refusals``: what would stop the approval, as the errors it would raise. ``lifetime`` is null where the data do
+    not fit the study. ``attempts_that_fit``: how many of the study's attempts the caps leave room for."""
+
+    study: str
+    study_sha256: str
+    patients: int | None
+    cost: Cost
+    lifetime: Lifetime | None
+    attempts: int
+    attempts_that_fit: int | None
+    refusals: list[str]
+
+
+def forecast(site: Site, study_path: Path, ledger: LedgerView) -> Forecast:
+    """Work a study out against this hospital's data, policy and ledger; needs neither roster nor first model.
+
+    Raises ``ConfigError`` for files that cannot be read; what the study itself lacks is told in ``refusals``.
+    """
+    study = load_study(site.seams.files, study_path)
+    plan = make_plan(study, parameters.count(catalogue.build(study)))
+    caps = caps_of(site)
+    refusals: list[str] = []
+    _collect(refusals, lambda: _check_study(site, study, plan))
+    patients: tuple[bytes, ...] = ()
+    try:
+        patients = tuple(sorted(set(site.keyed_hashes(site.read_records(study).patients))))
+    except MedfedError as error:
+        refusals.append(str(error))
+    lifetime, fitting = None, None
+    if patients:
+        approval = _approval(site, study, plan)
+        outlook = ledger.preview(approval, patients, Caps(_NO_CAP, _NO_CAP, caps.lifetime_delta))
+        lifetime = Lifetime(
+            before=outlook.lifetime_before,
+            after=outlook.lifetime_after,
+            cap=caps.max_epsilon_lifetime,
+            delta=caps.lifetime_delta,
+        )
+        _collect(refusals, lambda: ledger.preview(approval, patients, caps))
+        fitting = _attempts_that_fit(ledger, approval, patients, caps)
+    return Forecast(
+        study=study.study.name,
+        study_sha256=study.hash().hex(),
+        patients=len(patients) or None,
+        cost=cost(study, plan, caps),
+        lifetime=lifetime,
+        attempts=plan.attempts,
+        attempts_that_fit=fitting,
+        refusals=refusals,
+    )
+
+
+def _collect(refusals: list[str], check: Callable[[], object]) -> None:
+    try:
+        check()
+    except MedfedError as error:
+        refusals.append(str(error))
+
+
+def _check_study(site: Site, study: Study, plan: Plan) -> None:
+    if study.expired(site.seams.clock.wall()):
+        raise PrivacyError(120, f"study {study.study.name} expired on {study.study.expires}", "ask for a new one")
+    site.config.policy.admit(study)
+    if plan.epsilon > study.privacy.epsilon:
+        what = f"the study states epsilon {study.privacy.epsilon:g}, it is {plan.epsilon:.4f}"
+        raise PrivacyError(135, what, "ask for a true one")
+
+
+def _approval(site: Site, study: Study, plan: Plan) -> Approval:
+    """Stands in for the approval to come: a preview looks at its mechanism, attempts and delta only."""
+    return Approval(
+        study=study.hash(),
+        name=study.study.name,
+        roster=bytes.fromhex(study.cohort.roster_sha256),
+        first_model=bytes.fromhex(study.model.first_model_sha256),
+        mechanism=plan.mechanism,
+        attempts=plan.attempts,
+        delta=study.privacy.delta,
+        nominal_patients=load_enrolment(site.seams.files, site.enrolment_path).nominal_patients,
+        unconfirmed=(),
+        approved_wall_s=site.seams.clock.wall(),
+    )
+
+
+def _attempts_that_fit(ledger: LedgerView, approval: Approval, patients: tuple[bytes, ...], caps: Caps) -> int:
+    """The largest number of the study's attempts under both caps, by bisection: epsilon grows with every attempt."""
+    fits, fails = 0, approval.attempts + 1
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        try:
+            ledger.preview(replace(approval, attempts=middle), patients, caps)
+        except BudgetExhausted:
+            fails = middle
+        else:
+            fits = middle
+    return fits
+
+
+def in_words(planned: Forecast) -> Iterator[str]:
+    """The forecast as lines for a terminal."""
+    price, lifetime = planned["cost"], planned["lifetime"]
+    yield f"Study {shown(planned['study'])} ({planned['study_sha256'][:12]}), if this hospital joined:"
+    yield (
+        f"  epsilon {price['epsilon']:.4g} for {price['rounds']} rounds and {price['spare_attempts']} spares, "
+        f"{price['epsilon_without_spares']:.4g} without spares (delta {price['delta']:g}, cap "
+        f"{price['max_epsilon_study']:g})"
+    )
+    yield f"  epsilon {price['epsilon_own_noise_alone']:.4g} by this hospital's noise alone"
+    if lifetime is not None:
+        yield (
+            f"  lifetime of its {planned['patients']} patients: {lifetime['before']:.4g} before, {lifetime['after']:.4g} "
+            f"after (delta {lifetime['delta']:g}, cap {lifetime['cap']:g})"
+        )
+        yield f"  {planned['attempts_that_fit']} of its {planned['attempts']} attempts fit under the caps"
+    if planned["refusals"]:
+        yield "It would be refused:"
+        yield from (f"  {refusal}" for refusal in planned["refusals"])
+    else:
+        yield "It would be accepted. Nothing was written; medfed-client approve joins."

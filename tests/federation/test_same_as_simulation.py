@@ -1,0 +1,87 @@
+"""Coordinator and hospitals over loopback TLS end with the simulation's model, bit for bit."""
+
+import contextlib
+
+import numpy as np
+import pytest
+from medfed_test_federation import Running, running
+from medfed_test_seeded import SEED
+
+from medfed.client.daemon import open_hospital
+from medfed.client.node import Node, NodeSettings
+from medfed.privacy.noise import discrete_gaussian
+from medfed.seams import system_seams
+from medfed.server.daemon import load_assignment, run_folder
+from medfed.server.link.serve import ChildTask, serve
+from medfed.server.link.superlink import LinkSettings
+from medfed.server.setup import load_office
+from medfed.server.store import Store
+from medfed.simulations.cohorts import load_cohort
+from medfed.simulations.federation import free_ports
+from medfed.simulations.rehearsal import Ports, Rehearsal, lay_out, rehearse
+
+PLAN = Rehearsal(epsilon=1.0, mode="distributed", rounds=4, seed=SEED)
+
+
+def _federate(folder, cohort, seams):
+    """The same folders run by the real link and nodes: a child process for the training, TLS for the hospitals."""
+    ports = Ports(*free_ports(2))
+    sites = lay_out(folder, cohort, PLAN, seams, ports=ports)
+    config_path = folder / "coordinator" / "server.toml"
+    office = load_office(seams, config_path)
+    assignment = load_assignment(office)
+    files = office.certificates
+    settings = LinkSettings(
+        host="127.0.0.1",
+        port=ports.public,
+        admin_port=ports.admin,
+        certificate=files.certificate,
+        key=files.key,
+        certificate_authority=files.authority,
+    )
+    keys = [entry.node_key.encode() for entry in assignment.roster.hospitals]
+    server = Running()
+    work = ChildTask("medfed_test_seeded:train", config_path)
+    server.start(lambda: serve(settings, keys, work, seams, server.stop))
+    with contextlib.ExitStack() as stack:
+        nodes = []
+        for site in sites:
+            hospital = stack.enter_context(open_hospital(site, discrete_gaussian))
+            to = NodeSettings(f"localhost:{ports.public}", files.authority, site.node_key_path)
+            node, one = Node(to, hospital.handle, seams), Running()
+            nodes.append(one.start(lambda node=node, one=one: node.run_forever(one.stop)))
+        with running(server, *nodes):
+            assert server.result() == 0
+            for node in nodes:
+                node.end()
+    return Store(seams.files, run_folder(office, assignment), assignment.plan.words).load_checkpoint()
+
+
+def test_federation_over_tls_with_the_simulation_s_entropy_ends_with_its_model_bit_for_bit(place, tmp_path):
+    seams = system_seams()
+    cohort = load_cohort(seams.files, "breast-cancer", SEED, 3)
+    simulated = rehearse(tmp_path / "simulated", cohort, PLAN, seams)
+    real = _federate(tmp_path / "real", cohort, seams)
+    assert real.state.completed_rounds == 4
+    for name in ("weights", "first", "second", "tail"):
+        a, b = getattr(simulated.checkpoint.state, name), getattr(real.state, name)
+        np.testing.assert_array_equal(a.view(np.uint64), b.view(np.uint64))
+    assert simulated.checkpoint.total == real.total
+
+
+def test_simulation_with_another_seed_ends_with_another_model(tmp_path):
+    """The control: the comparison can fail."""
+    seams = system_seams()
+    cohort = load_cohort(seams.files, "breast-cancer", SEED, 3)
+    one = rehearse(tmp_path / "one", cohort, PLAN, seams)
+    other = rehearse(tmp_path / "other", cohort, Rehearsal(1.0, "distributed", rounds=4, seed=SEED + 1), seams)
+    assert not np.array_equal(one.weights, other.weights)
+
+
+@pytest.mark.parametrize("seed", [5])
+def test_simulation_repeated_with_a_seed_is_bit_equal(tmp_path, seed):
+    seams = system_seams()
+    cohort = load_cohort(seams.files, "breast-cancer", seed, 3)
+    plan = Rehearsal(1.0, "local", rounds=2, seed=seed, model="mlp")
+    runs = [rehearse(tmp_path / name, cohort, plan, seams) for name in ("a", "b")]
+    np.testing.assert_array_equal(runs[0].weights, runs[1].weights)
