@@ -38,9 +38,12 @@ class Forecast(TypedDict):
 def forecast(site: Site, study_path: Path, ledger: LedgerView) -> Forecast:
     """Work a study out against this hospital's data, policy and ledger; needs neither roster nor first model.
 
-    Raises ``ConfigError`` for files that cannot be read; what the study itself lacks is told in ``refusals``.
+    Raises ``ConfigError`` for files that cannot be read, MF-125 for a study that is in the ledger already; what else
+    would stop it is told in ``refusals``.
     """
     study = load_study(site.seams.files, study_path)
+    if any(known.approval.study == study.hash() for known in ledger.studies()):
+        raise PrivacyError(125, "this study was approved here already", "medfed-client budget shows what it costs")
     plan = make_plan(study, parameters.count(catalogue.build(study)))
     caps = caps_of(site)
     refusals: list[str] = []

@@ -8,6 +8,7 @@ same attempt.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable
@@ -184,7 +185,8 @@ class Participation:
         try:
             return self._train_and_seal(party, request)
         except MedfedError as error:
-            self._abandon(request.attempt, f"MF-{error.code}")
+            with contextlib.suppress(MedfedError):  # a ledger that cannot be written: the row stays, still charged
+                self._abandon(request.attempt, f"MF-{error.code}")
             raise Refuse(Refused.INTERNAL, str(error)) from error
 
     def _sealed_reply(self, request: RoundRequest) -> bytes | None:

@@ -17,7 +17,7 @@ from medfed.simulations.grid import LocalGrid, run_local
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
 
 
 def all_replies(exchange, count: int) -> list[Reply]:
@@ -195,3 +195,22 @@ def test_grid_refuses_a_reply_of_many_objects_unseen(run_grid):
     (message,) = grid.pull_messages(["many"])
     assert message.error.reason == "malformed"
     assert runtime.pulled == []
+
+
+def test_grid_push_survives_a_hospital_that_confirms_before_all_is_pushed(run_grid):
+    """A confirmed message's objects are deleted; Flower's own push raises when the rest is not taken."""
+    grid, runtime = run_grid
+    pushed = []
+
+    def push_messages(request):
+        names = [node.object_id for tree in request.message_object_trees for node in iterate_object_tree(tree)]
+        return SimpleNamespace(objects_to_push=sorted(names), session_id="s", message_ids=["m"])
+
+    def push_object(request):
+        pushed.append(request.object_content)
+        return SimpleNamespace(stored=False)
+
+    runtime.PushMessages, runtime.PushObject = push_messages, push_object
+    assert grid.push_messages([ours(b"data")]) == ["m"]
+    assert len(pushed) == 3
+    assert pushed[0] == ConfigRecord({"m": b"data"}).deflate(), "the record, which hospitals wait for, comes first"

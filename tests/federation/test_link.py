@@ -36,8 +36,7 @@ def test_rounds_over_tls_carry_the_bytes_and_cost_little(place, monkeypatch):
     stop_run = superlink.SuperLink.stop_run
 
     def look_and_stop(self, run_id):
-        kept.append(self._app.state.linkstate_factory.state().object_store.store)
-        kept[-1] = [len(entry.content) for entry in kept[-1].values()]
+        kept.extend(self._app.state.linkstate_factory.state().object_store.store)
         stop_run(self, run_id)
 
     monkeypatch.setattr(superlink.SuperLink, "stop_run", look_and_stop)
@@ -53,8 +52,7 @@ def test_rounds_over_tls_carry_the_bytes_and_cost_little(place, monkeypatch):
     result = place.result()
     assert result["answers"] == [[[0, f"h0:round {i}"], [1, f"h1:round {i}"]] for i in range(6)]
     assert not result["token_in_argv"]
-    print(kept)
-    assert len(kept[0]) <= 4, "objects of finished messages stay in memory"
+    assert len(kept) <= 4, "objects of finished messages stay in memory"  # the last replies' may be under way
     # measured 0.17-0.21 s with two hospitals; the bound is wide for a busy machine, Flower's own parts take over 3 s
     assert statistics.median(result["seconds"]) < 1.0
     assert set(proxy.seen) == {f"CONNECT localhost:{place.port}"}

@@ -1,0 +1,295 @@
+"""``medfed-client``: what a hospital's people type. Heavy imports wait inside the actions, so that help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medfed.command import (
+    Parser,
+    confirm,
+    new_parser,
+    refuse_rehearsal_options,
+    run_command,
+    say,
+    say_json,
+)
+from medfed.errors import ConfigError, ExitStatus, PrivacyError
+
+if TYPE_CHECKING:
+    from medfed.client.ledger import LedgerView
+    from medfed.client.site import Site
+
+CONFIG = Path("hospital.toml")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status."""
+    return run_command(build_parser(), argv, refuse_rehearsal_options)
+
+
+# ------------------------------------------------------------------------------------------------------------ the parser
+
+
+def build_parser() -> Parser:
+    """All subcommands with their arguments."""
+    parser, commands = new_parser(
+        "medfed-client", "A hospital's side: enrol, read and approve studies, take part, account for privacy."
+    )
+    _add_init(commands)
+    enrolment = commands.add_parser("enrolment", help="write the enrolment document anew")
+    enrolment.add_argument("--patients", type=int, required=True, metavar="N", help="declared patients, public")
+    _add_config(enrolment, _enrolment)
+    approve = commands.add_parser("approve", help="read what a study asks, and agree to it")
+    approve.add_argument("study", type=Path, help="study.toml, with roster and first model beside it")
+    approve.add_argument(
+        "--peers",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="enrolment documents that the other hospitals gave you themselves",
+    )
+    _add_yes(approve)
+    _add_json(approve)
+    _add_config(approve, _approve)
+    run = commands.add_parser("run", help="take part in every approved study until stopped")
+    run.add_argument("config", type=Path, nargs="?", default=argparse.SUPPRESS, help="hospital.toml")
+    run.add_argument("--once", action="store_true", help="give up when the coordinator cannot be reached at first")
+    _add_config(run, _run)
+    ledger = commands.add_parser("ledger", help="show every row of the privacy ledger")
+    ledger.add_argument("--verify", action="store_true", help="check every row and signature instead")
+    _add_json(ledger)
+    _add_config(ledger, _ledger)
+    budget = commands.add_parser("budget", help="show what is spent and what is left")
+    _add_json(budget)
+    _add_config(budget, _budget)
+    plan = commands.add_parser("plan", help="show what a study would cost here, before joining")
+    plan.add_argument("study", type=Path, help="study.toml")
+    _add_json(plan)
+    _add_config(plan, _plan)
+    withdraw = commands.add_parser("withdraw", help="take back an approval; what was spent stays spent")
+    withdraw.add_argument("study", help="its name, or the beginning of its hash")
+    _add_yes(withdraw)
+    _add_config(withdraw, _withdraw)
+    return parser
+
+
+def _add_init(commands: argparse._SubParsersAction[Parser]) -> None:
+    init = commands.add_parser("init", help="make this hospital's folder: keys, policy, ledger, enrolment document")
+    init.add_argument("name", help="this hospital's name, as others shall see it")
+    init.add_argument("--folder", type=Path, default=Path("."), help="default: the current one")
+    needed: list[tuple[str, type, str, str]] = [
+        ("--coordinator", str, "HOST:PORT", "where the coordinator listens"),
+        ("--ca", Path, "FILE", "certificate of the coordinator's authority (ca.crt)"),
+        ("--data", Path, "FILE", "records, one row each (CSV)"),
+        ("--patient-column", str, "COL", "the column that tells whose record it is"),
+        ("--patients", int, "N", "declared patients, public: a round number near the true one"),
+        ("--max-epsilon-study", float, "E", "most that one study may cost a patient"),
+        ("--max-epsilon-lifetime", float, "E", "most that all studies together may cost a patient"),
+        ("--lifetime-delta", float, "D", "delta of the lifetime cap"),
+        ("--max-delta", float, "D", "largest delta of a study"),
+        ("--min-colluders", int, "C", "conspiring hospitals that a study must withstand"),
+    ]
+    for option, kind, metavar, text in needed:
+        init.add_argument(option, type=kind, required=True, metavar=metavar, help=text)
+    init.add_argument("--proxy", metavar="URL", help="HTTP proxy for the one outbound connection")
+    init.add_argument(
+        "--holdout", type=float, default=0.0, metavar="F", help="share of patients that never train (0 to 0.5)"
+    )
+    init.set_defaults(action=_init)
+
+
+def _add_config(parser: Parser, action: Callable[[argparse.Namespace], int]) -> None:
+    parser.add_argument("--config", type=Path, default=CONFIG, metavar="FILE", help="default: hospital.toml here")
+    parser.set_defaults(action=action)
+
+
+def _add_json(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="the result as JSON on standard output")
+
+
+def _add_yes(parser: Parser) -> None:
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+
+
+# ----------------------------------------------------------------------------------------------------------- the actions
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from medfed.client.setup import SiteOptions, init_site
+    from medfed.seams import system_seams
+
+    seams, folder = system_seams(), arguments.folder
+    if not seams.files.exists(arguments.ca):
+        raise ConfigError(606, f"{arguments.ca.name} not found", "get ca.crt from the coordinator")
+    options = SiteOptions(
+        name=arguments.name,
+        nominal_patients=arguments.patients,
+        coordinator=arguments.coordinator,
+        ca_certificate=_within(folder, arguments.ca),
+        proxy=arguments.proxy,
+        data=_within(folder, arguments.data),
+        patient_column=arguments.patient_column,
+        holdout=arguments.holdout,
+        max_epsilon_study=arguments.max_epsilon_study,
+        max_epsilon_lifetime=arguments.max_epsilon_lifetime,
+        lifetime_delta=arguments.lifetime_delta,
+        max_delta=arguments.max_delta,
+        min_colluders=arguments.min_colluders,
+    )
+    document = init_site(seams, folder, options)
+    say(f"Hospital {document.hospital} is set up.")
+    say(f"Fingerprint: {document.fingerprint}")
+    if not seams.files.exists(arguments.data):
+        say(f"Put the records at {arguments.data} before you approve a study.")
+    say("Next:")
+    say("  1. read hospital.toml: it holds whatever a study asks")
+    say("  2. send enrolment.json to the coordinator and to the other hospitals, read them the fingerprint by telephone")
+    say("  3. keep a backup of the keys; never copy the ledger back: an old one is refused")
+    say("  4. medfed-client approve study.toml --peers OTHER-HOSPITALS.json ...")
+    say("  5. medfed-client run")
+    return ExitStatus.HANDLED
+
+
+def _within(folder: Path, path: Path) -> str:
+    """How hospital.toml names a file: relative to its own folder if it lies in it, else absolute."""
+    home, target = folder.absolute(), path.absolute()
+    return str(target.relative_to(home) if target.is_relative_to(home) else target)
+
+
+def _enrolment(arguments: argparse.Namespace) -> int:
+    from medfed.client.setup import renew_enrolment
+
+    document = renew_enrolment(_site(arguments), arguments.patients)
+    say(f"enrolment.json declares {document.nominal_patients} patients. Fingerprint: {document.fingerprint}")
+    say("Send it to the coordinator and the other hospitals; running studies keep the old one.")
+    return ExitStatus.HANDLED
+
+
+def _approve(arguments: argparse.Namespace) -> int:
+    from medfed.client.approval import approve, caps_of, preview, review
+    from medfed.client.explain import card, in_words
+    from medfed.client.ledger import Ledger
+
+    site = _site(arguments)
+    reviewed = review(site, arguments.study, arguments.peers)
+    with Ledger.open(site.seams.files, site.ledger_path, site.identity()) as ledger:
+        outlook = preview(site, reviewed, ledger)
+        is_confirmed = site.config.coordinator.identity is not None
+        asked = card(reviewed, outlook, caps_of(site), coordinator_confirmed=is_confirmed)
+        if not arguments.json:
+            _say_all(in_words(asked))
+        elif not arguments.yes:
+            sys.stderr.write("\n".join(in_words(asked)) + "\n")
+        if not confirm("Approve this study?", assume_yes=arguments.yes):
+            raise PrivacyError(123, "not approved, nothing was written", "approve it when you are sure")
+        approve(site, reviewed, ledger)
+    if arguments.json:
+        say_json({**asked, "approved": True})
+    else:
+        say("")
+        say(f"Approved: {reviewed.study.hash().hex()}. Start, or start again: medfed-client run")
+    return ExitStatus.HANDLED
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from medfed.signals import stop_on_signals
+
+    stop = stop_on_signals()  # first: a signal during the slow imports below ends the start as well
+    from medfed.client.daemon import run_hospital
+    from medfed.seams import system_seams
+
+    return run_hospital(arguments.config, system_seams(), stop, once=arguments.once)
+
+
+def _ledger(arguments: argparse.Namespace) -> int:
+    from medfed.client.budget import row_in_words, rows
+
+    with _inspected(_site(arguments)) as ledger:
+        if arguments.verify:
+            report = ledger.verify()
+            result = {
+                "verified": True,
+                "rows": report.entries,
+                "studies": report.studies,
+                "attempts": report.attempts,
+                "head_sha256": report.head.hash.hex(),
+                "head_signature": report.head.signature.hex(),
+            }
+            line = f"The ledger verifies: {report.entries} rows, {report.studies} studies, {report.attempts} attempts. "
+            _tell(arguments, result, [line + f"Head {report.head.hash.hex()}"])
+        else:
+            every = rows(ledger)
+            _tell(arguments, every, map(row_in_words, every))
+    return ExitStatus.HANDLED
+
+
+def _budget(arguments: argparse.Namespace) -> int:
+    from medfed.client.approval import caps_of
+    from medfed.client.budget import budget, budget_in_words
+
+    site = _site(arguments)
+    with _inspected(site) as ledger:
+        spent = budget(ledger, caps_of(site))
+    _tell(arguments, spent, budget_in_words(spent))
+    return ExitStatus.HANDLED
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from medfed.client.forecast import forecast, in_words
+
+    site = _site(arguments)
+    with _inspected(site) as ledger:
+        planned = forecast(site, arguments.study, ledger)
+    _tell(arguments, planned, in_words(planned))
+    return ExitStatus.HANDLED
+
+
+def _withdraw(arguments: argparse.Namespace) -> int:
+    from medfed.client.budget import find_study
+    from medfed.client.ledger import Ledger
+
+    site = _site(arguments)
+    with Ledger.open(site.seams.files, site.ledger_path, site.identity()) as ledger:
+        study = find_study(ledger, arguments.study)
+        known = ledger.approved(study)
+        say(f"{known.approval.name} ({study.hex()[:12]}): {known.events} attempts are spent and stay spent.")
+        if not confirm("Withdraw from it, for good?", assume_yes=arguments.yes):
+            raise ConfigError(100, "not withdrawn, nothing was written", "answer yes, or pass --yes")
+        ledger.withdraw(study, "withdrawn by this hospital")
+    say("Withdrawn. Nothing more leaves for it; models that were released before stay released.")
+    return ExitStatus.HANDLED
+
+
+def _site(arguments: argparse.Namespace) -> Site:
+    from medfed.client.setup import open_site
+    from medfed.seams import system_seams
+
+    return open_site(system_seams(), arguments.config)
+
+
+def _inspected(site: Site) -> LedgerView:
+    """The ledger for looking at, beside a running hospital."""
+    from medfed.client.ledger import LedgerView
+
+    return LedgerView.inspect(site.seams.files, site.ledger_path, site.identity())
+
+
+def _tell(arguments: argparse.Namespace, result: object, lines: Iterable[str]) -> None:
+    if arguments.json:
+        say_json(result)
+    else:
+        _say_all(lines)
+
+
+def _say_all(lines: Iterable[str]) -> None:
+    for line in lines:
+        say(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

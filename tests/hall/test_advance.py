@@ -1,0 +1,397 @@
+"""The server step: every hospital and the coordinator must get the same bits, today and on any processor.
+
+The golden hashes in ``tests/vectors/advance.json`` come from the plain-Python implementation below, which shares no code
+with ``medfed/advance.py``. Python's float is IEEE 754 binary64 and its ``+ - * /`` and ``math.sqrt`` round correctly.
+``python tests/hall/test_advance.py`` prints the file anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medfed.advance import (
+    ModelState,
+    advance,
+    divisor,
+    first_state,
+    parse_state,
+    released_weights,
+    state_bytes,
+    state_hash,
+    state_size_bytes,
+    task_hash,
+)
+from medfed.errors import RemoteProtocolError
+from medfed.study import Study
+
+VECTORS = Path(__file__).parent.parent / "vectors" / "advance.json"
+STUDY_HASH = hashlib.sha256(b"study").digest()
+MakeStudy = Callable[..., Study]
+
+
+# ---------------------------------------------------------------------------------- the same, in plain Python floats
+
+
+@dataclass
+class Plain:
+    """A state as lists of Python floats."""
+
+    completed: int
+    weights: list[float]
+    first: list[float]
+    second: list[float]
+    tail: list[float]
+
+    def to_bytes(self) -> bytes:
+        lists = (self.weights, self.first, self.second, self.tail)
+        head = struct.pack(">IQ", self.completed, len(self.weights))
+        return head + b"".join(struct.pack("<d", value) for values in lists for value in values)
+
+
+def product(base: float, times: int) -> float:
+    result = 1.0
+    for _ in range(times):
+        result = result * base
+    return result
+
+
+def plain_step(state: Plain, total: list[int], case: dict[str, object]) -> Plain:
+    """One step, one parameter at a time, as the paper writes it."""
+    rule, number = case["server_step"], state.completed + 1
+    expected = case["sampling_rate"] * float(case["nominal_patients"])
+    rate = [value for start, value in case["learning_rates"] if start <= number][-1]
+    following = Plain(number, [], [], [], [])
+    for index, integer in enumerate(total):
+        gradient = float(integer) * 2.0 ** -case["grid_exponent"] / expected
+        if rule["kind"] == "momentum":
+            first, second = rule["momentum"] * state.first[index] + gradient, state.second[index]
+            move = first
+        else:
+            first = rule["beta1"] * state.first[index] + (1.0 - rule["beta1"]) * gradient
+            second = rule["beta2"] * state.second[index] + (1.0 - rule["beta2"]) * (gradient * gradient)
+            mean = first / (1.0 - product(rule["beta1"], number))
+            spread = second / (1.0 - product(rule["beta2"], number))
+            move = mean / (math.sqrt(spread) + rule["stabilizer"])
+        weight = state.weights[index] - rate * move
+        averaged = number > case["rounds"] - case["average_last_rounds"]
+        following.weights.append(weight)
+        following.first.append(first)
+        following.second.append(second)
+        following.tail.append(state.tail[index] + weight if averaged else state.tail[index])
+    return following
+
+
+def plain_run(case: dict[str, object]) -> list[Plain]:
+    """The states before round 1 and after every round."""
+    weights = [float(value) for value in case["first_weights"]]
+    zeros = [0.0] * len(weights)
+    states = [Plain(0, weights, zeros, zeros, zeros)]
+    for total in case["totals"]:
+        states.append(plain_step(states[-1], total, case))
+    return states
+
+
+def plain_released(states: list[Plain], case: dict[str, object]) -> bytes:
+    last = states[-1]
+    values = [value / float(case["average_last_rounds"]) for value in last.tail]
+    if last.completed < case["rounds"]:
+        values = last.weights
+    return b"".join(struct.pack("<f", value) for value in values)
+
+
+def study_of(case: dict[str, object], make_study: MakeStudy) -> Study:
+    return make_study(
+        {
+            "training.rounds": case["rounds"],
+            "training.average_last_rounds": case["average_last_rounds"],
+            "training.learning_rates": case["learning_rates"],
+            "training.server_step": case["server_step"],
+            "privacy.sampling_rate": case["sampling_rate"],
+        }
+    )
+
+
+def run(case: dict[str, object], study: Study) -> list[ModelState]:
+    states = [first_state(np.array(case["first_weights"], np.float32))]
+    for total in case["totals"]:
+        states.append(
+            advance(
+                states[-1],
+                np.array(total, np.int64),
+                study,
+                grid_exponent=case["grid_exponent"],
+                nominal_patients=case["nominal_patients"],
+            )
+        )
+    return states
+
+
+# ------------------------------------------------------------------------------------------------------ golden hashes
+
+
+def _cases() -> list[dict[str, object]]:
+    return json.loads(VECTORS.read_text())["cases"]
+
+
+@pytest.mark.parametrize("case", _cases(), ids=lambda case: case["name"])
+def test_states_are_the_golden_ones(case: dict[str, object], make_study: MakeStudy) -> None:
+    states = run(case, study_of(case, make_study))
+    assert [hashlib.sha256(state_bytes(state)).hexdigest() for state in states] == case["state_sha256"]
+    released = released_weights(states[-1], study_of(case, make_study))
+    assert hashlib.sha256(released.astype("<f4").tobytes()).hexdigest() == case["released_sha256"]
+
+
+@pytest.mark.parametrize("case", _cases(), ids=lambda case: case["name"])
+def test_golden_hashes_are_those_of_the_plain_implementation(case: dict[str, object]) -> None:
+    states = plain_run(case)
+    assert [hashlib.sha256(state.to_bytes()).hexdigest() for state in states] == case["state_sha256"]
+    assert hashlib.sha256(plain_released(states, case)).hexdigest() == case["released_sha256"]
+
+
+def test_golden_cases_cover_both_rules_and_vector_tails() -> None:
+    """Sizes that leave a rest in every SIMD width: there a fused or reordered operation would show."""
+    kinds = {case["server_step"]["kind"] for case in _cases()}
+    sizes = {len(case["first_weights"]) for case in _cases()}
+    assert kinds == {"momentum", "adam"}
+    assert any(size % 8 not in (0, 4) for size in sizes)
+
+
+# --------------------------------------------------------------------------------------------- equality bit for bit
+
+rules = st.one_of(
+    st.builds(lambda momentum: {"kind": "momentum", "momentum": momentum}, st.floats(0, 0.999)),
+    st.builds(
+        lambda beta1, beta2, stabilizer: {"kind": "adam", "beta1": beta1, "beta2": beta2, "stabilizer": stabilizer},
+        st.floats(0, 0.999),
+        st.floats(0, 0.9999),
+        st.floats(1e-10, 1.0),
+    ),
+)
+first_weights = st.floats(-10, 10, width=32)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict[str, object]:
+    size, rounds = draw(st.integers(1, 9)), draw(st.integers(1, 5))
+    totals = st.lists(st.integers(-(2**31), 2**31 - 1), min_size=size, max_size=size)
+    return {
+        "rounds": rounds,
+        "average_last_rounds": draw(st.integers(1, rounds)),
+        "learning_rates": [[1, draw(st.floats(1e-3, 10))], [3, draw(st.floats(1e-3, 10))]],
+        "server_step": draw(rules),
+        "sampling_rate": draw(st.floats(0.01, 1)),
+        "nominal_patients": draw(st.integers(1, 10**6)),
+        "grid_exponent": draw(st.integers(0, 30)),
+        "first_weights": draw(st.lists(first_weights, min_size=size, max_size=size)),
+        "totals": draw(st.lists(totals, min_size=rounds, max_size=rounds)),
+    }
+
+
+@settings(max_examples=120, deadline=None)
+@given(case=cases())
+def test_step_equals_plain_floats_bit_for_bit(case: dict[str, object], make_study: MakeStudy) -> None:
+    study = study_of(case, make_study)
+    states, plain = run(case, study), plain_run(case)
+    for state, other in zip(states, plain, strict=True):
+        assert state_bytes(state) == other.to_bytes()
+    assert released_weights(states[-1], study).astype("<f4").tobytes() == plain_released(plain, case)
+
+
+def test_step_of_a_large_vector_equals_plain_floats(make_study: MakeStudy) -> None:
+    """Long enough for every vectorised path of numpy, misaligned tail included."""
+    rng = random.Random(4)
+    size = 4099
+    case = {
+        "rounds": 2,
+        "average_last_rounds": 2,
+        "learning_rates": [[1, 0.3]],
+        "server_step": {"kind": "adam", "beta1": 0.9, "beta2": 0.999, "stabilizer": 1e-8},
+        "sampling_rate": 0.7,
+        "nominal_patients": 739,
+        "grid_exponent": 19,
+        "first_weights": [struct.unpack("<f", struct.pack("<f", rng.gauss(0, 1)))[0] for _ in range(size)],
+        "totals": [[rng.randrange(-(2**31), 2**31) for _ in range(size)] for _ in range(2)],
+    }
+    states, plain = run(case, study_of(case, make_study)), plain_run(case)
+    assert state_bytes(states[-1]) == plain[-1].to_bytes()
+
+
+def test_step_leaves_the_state_it_is_given_alone(make_study: MakeStudy) -> None:
+    state = first_state(np.array([1.0, 2.0], np.float32))
+    before = state_bytes(state)
+    advance(state, np.array([5, -7]), make_study(), grid_exponent=3, nominal_patients=10)
+    assert state_bytes(state) == before
+
+
+# ------------------------------------------------------------------------------------------------- schedule, average
+
+
+@pytest.mark.parametrize(("number", "rate"), [(1, 0.5), (2, 0.5), (3, 0.25), (4, 0.25), (9, 0.25), (10, 0.125)])
+def test_learning_rate_is_the_tables_row(number: int, rate: float, make_study: MakeStudy) -> None:
+    study = make_study({"training.rounds": 12, "training.learning_rates": [[1, 0.5], [3, 0.25], [10, 0.125]]})
+    assert study.training.learning_rate(number) == rate
+
+
+def test_each_round_uses_its_own_rate(make_study: MakeStudy) -> None:
+    study = make_study(
+        {
+            "training.server_step": {"kind": "momentum", "momentum": 0.0},
+            "training.learning_rates": [[1, 0.5], [3, 0.25]],
+            "privacy.sampling_rate": 1.0,
+        }
+    )
+    state, moves = first_state(np.zeros(1, np.float32)), []
+    for _ in range(3):
+        following = advance(state, np.array([8]), study, grid_exponent=3, nominal_patients=1)
+        moves.append(float(state.weights[0] - following.weights[0]))
+        state = following
+    assert moves == [0.5, 0.5, 0.25]
+
+
+def test_released_model_is_the_mean_of_the_last_rounds(make_study: MakeStudy) -> None:
+    study = make_study({"training.rounds": 4, "training.average_last_rounds": 2})
+    state, seen = first_state(np.zeros(2, np.float32)), []
+    for total in ([4, -8], [100, 3], [7, 7], [-50, 1]):
+        state = advance(state, np.array(total), study, grid_exponent=2, nominal_patients=8)
+        seen.append(state.weights)
+    expected = ((seen[2] + seen[3]) / 2.0).astype(np.float32)
+    assert released_weights(state, study).tobytes() == expected.tobytes()
+
+
+def test_released_model_before_the_end_is_the_weights(make_study: MakeStudy) -> None:
+    state = advance(first_state(np.zeros(1, np.float32)), np.array([4]), make_study(), grid_exponent=2, nominal_patients=1)
+    assert released_weights(state, make_study()).tobytes() == state.weights.astype(np.float32).tobytes()
+
+
+def test_divisor_is_public(make_study: MakeStudy) -> None:
+    """Sampling rate times declared patients: nothing of the real data enters."""
+    assert divisor(make_study({"privacy.sampling_rate": 0.25}), 1000) == 250.0
+
+
+# ------------------------------------------------------------------------------------------------------------- bytes
+
+floats = st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=3, max_size=3)
+
+
+@given(st.integers(0, 2**32 - 1), st.tuples(floats, floats, floats, floats))
+def test_state_reads_back_the_same(completed: int, arrays: tuple[list[float], ...]) -> None:
+    state = ModelState(completed, *(np.array(values, np.float64) for values in arrays))
+    data = state_bytes(state)
+    assert len(data) == state_size_bytes(3)
+    again = parse_state(data, 3)
+    assert state_bytes(again) == data
+    assert again.completed_rounds == completed
+
+
+def _state(*, value: float = 1.5) -> ModelState:
+    numbers = np.array([value, -2.0, 3.25])
+    return ModelState(2, numbers, numbers + 1, numbers + 2, numbers + 3)
+
+
+@pytest.mark.parametrize("words", [0, 2, 4, 1 << 40])
+def test_state_of_another_model_is_refused(words: int) -> None:
+    with pytest.raises(RemoteProtocolError, match="MF-150"):
+        parse_state(state_bytes(_state()), words)
+
+
+@pytest.mark.parametrize("change", [-108, -107, -100, -96, -8, -1, 1, 8])
+def test_state_cut_or_continued_is_refused(change: int) -> None:
+    data = state_bytes(_state())
+    with pytest.raises(RemoteProtocolError, match="MF-150"):
+        parse_state(data[:change] if change < 0 else data + bytes(change), 3)
+
+
+def test_state_whose_own_count_differs_is_refused() -> None:
+    data = state_bytes(_state())
+    with pytest.raises(RemoteProtocolError, match="MF-150"):
+        parse_state(data[:4] + (4).to_bytes(8, "big") + data[12:], 3)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", range(12))
+def test_state_that_is_not_finite_is_refused(bad: float, place: int) -> None:
+    data = bytearray(state_bytes(_state()))
+    data[12 + 8 * place : 20 + 8 * place] = struct.pack("<d", bad)
+    with pytest.raises(RemoteProtocolError, match="MF-153"):
+        parse_state(bytes(data), 3)
+
+
+def test_state_hash_tells_any_two_states_and_studies_apart() -> None:
+    state = _state()
+    others = [
+        replace(state, completed_rounds=3),
+        replace(state, weights=state.weights * 2),
+        replace(state, first=state.weights),
+        replace(state, second=state.weights),
+        replace(state, tail=state.weights),
+        _state(value=math.nextafter(1.5, 2)),
+        ModelState(2, state.first, state.weights, state.second, state.tail),
+    ]
+    hashes = {state_hash(STUDY_HASH, each) for each in [state, *others]} | {state_hash(bytes(32), state)}
+    assert len(hashes) == len(others) + 2
+    tasks = {task_hash(STUDY_HASH, each) for each in [state, *others]} | {task_hash(bytes(32), state)}
+    assert len(tasks | hashes) == 2 * len(hashes)
+
+
+def test_minus_zero_and_zero_are_different_states() -> None:
+    """They train alike but not every reader agrees: bytes decide."""
+    state = _state()
+    minus = replace(state, first=np.array([-0.0, 0.0, 1.0]))
+    plus = replace(state, first=np.array([0.0, 0.0, 1.0]))
+    assert state_hash(STUDY_HASH, minus) != state_hash(STUDY_HASH, plus)
+
+
+# --------------------------------------------------------------------------------------------- making the vectors
+
+
+def generate() -> dict[str, object]:
+    rng = random.Random(20240601)
+    made = []
+    adam = {"kind": "adam", "beta1": 0.9, "beta2": 0.999, "stabilizer": 1e-8}
+    for name, rule, size, rounds, average in (
+        ("momentum", {"kind": "momentum", "momentum": 0.9}, 13, 6, 3),
+        ("plain-descent", {"kind": "momentum", "momentum": 0.0}, 1, 3, 1),
+        ("adam", adam, 13, 6, 2),
+        ("adam-mid-run", adam, 7, 9, 4),
+    ):
+        case: dict[str, object] = {
+            "name": name,
+            "rounds": rounds,
+            "average_last_rounds": average,
+            "learning_rates": [[1, 0.3], [4, 0.1]],
+            "server_step": rule,
+            "sampling_rate": 0.7,
+            "nominal_patients": 739,
+            "grid_exponent": 19,
+            "first_weights": [struct.unpack("<f", struct.pack("<f", rng.gauss(0, 1)))[0] for _ in range(size)],
+            "totals": [
+                [rng.choice([0, 1, -1, 2**31 - 1, -(2**31), rng.randrange(-(2**28), 2**28)]) for _ in range(size)]
+                for _ in range(rounds - (name == "adam-mid-run") * 4)
+            ],
+        }
+        states = plain_run(case)
+        case["state_sha256"] = [hashlib.sha256(state.to_bytes()).hexdigest() for state in states]
+        case["released_sha256"] = hashlib.sha256(plain_released(states, case)).hexdigest()
+        made.append(case)
+    return {
+        "provenance": "inputs: random.Random(20240601) in tests/hall/test_advance.py generate(); hashes: its plain-Python"
+        " float implementation, which shares no code with medfed/advance.py. state_sha256[r]: SHA-256 of BE32 round,"
+        " BE64 d, then weights, first, second and tail as little-endian float64; released_sha256: little-endian float32",
+        "cases": made,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(generate(), indent=1))
