@@ -139,7 +139,9 @@ def row_in_words(row: Row) -> str:
         parts.append(f"attempt {row['attempt']}")
     body = row["body"]
     if isinstance(body, dict) and "study_after_micro" in body:
-        parts.append(f"epsilon {body['study_after_micro'] / 1e6:.6f}, lifetime {body['lifetime_after_micro'] / 1e6:.6f}")
+        parts.append(
+            f"epsilon {body['study_after_micro'] / 1e6:.6f}, lifetime {body['lifetime_after_micro'] / 1e6:.6f}"
+        )
     if isinstance(body, dict) and "reason" in body:
         parts.append(shown(str(body["reason"])))
     return " ".join(parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +13,11 @@ from medfed.command import (
     confirm,
     new_parser,
     refuse_rehearsal_options,
+    report,
     run_command,
     say,
     say_json,
+    say_lines,
 )
 from medfed.errors import ConfigError, ExitStatus, PrivacyError
 
@@ -57,7 +59,7 @@ def build_parser() -> Parser:
     _add_json(approve)
     _add_config(approve, _approve)
     run = commands.add_parser("run", help="take part in every approved study until stopped")
-    run.add_argument("config", type=Path, nargs="?", default=argparse.SUPPRESS, help="hospital.toml")
+    run.add_argument("file", type=Path, nargs="?", help="hospital.toml, the same as --config")
     run.add_argument("--once", action="store_true", help="give up when the coordinator cannot be reached at first")
     _add_config(run, _run)
     ledger = commands.add_parser("ledger", help="show every row of the privacy ledger")
@@ -81,7 +83,7 @@ def build_parser() -> Parser:
 def _add_init(commands: argparse._SubParsersAction[Parser]) -> None:
     init = commands.add_parser("init", help="make this hospital's folder: keys, policy, ledger, enrolment document")
     init.add_argument("name", help="this hospital's name, as others shall see it")
-    init.add_argument("--folder", type=Path, default=Path("."), help="default: the current one")
+    init.add_argument("--folder", type=Path, default=Path(), help="default: the current one")
     needed: list[tuple[str, type, str, str]] = [
         ("--coordinator", str, "HOST:PORT", "where the coordinator listens"),
         ("--ca", Path, "FILE", "certificate of the coordinator's authority (ca.crt)"),
@@ -148,7 +150,9 @@ def _init(arguments: argparse.Namespace) -> int:
         say(f"Put the records at {arguments.data} before you approve a study.")
     say("Next:")
     say("  1. read hospital.toml: it holds whatever a study asks")
-    say("  2. send enrolment.json to the coordinator and to the other hospitals, read them the fingerprint by telephone")
+    say(
+        "  2. send enrolment.json to the coordinator and to the other hospitals, read them the fingerprint by telephone"
+    )
     say("  3. keep a backup of the keys; never copy the ledger back: an old one is refused")
     say("  4. medfed-client approve study.toml --peers OTHER-HOSPITALS.json ...")
     say("  5. medfed-client run")
@@ -182,7 +186,7 @@ def _approve(arguments: argparse.Namespace) -> int:
         is_confirmed = site.config.coordinator.identity is not None
         asked = card(reviewed, outlook, caps_of(site), coordinator_confirmed=is_confirmed)
         if not arguments.json:
-            _say_all(in_words(asked))
+            say_lines(in_words(asked))
         elif not arguments.yes:
             sys.stderr.write("\n".join(in_words(asked)) + "\n")
         if not confirm("Approve this study?", assume_yes=arguments.yes):
@@ -203,7 +207,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from medfed.client.daemon import run_hospital
     from medfed.seams import system_seams
 
-    return run_hospital(arguments.config, system_seams(), stop, once=arguments.once)
+    return run_hospital(arguments.file or arguments.config, system_seams(), stop, once=arguments.once)
 
 
 def _ledger(arguments: argparse.Namespace) -> int:
@@ -211,31 +215,30 @@ def _ledger(arguments: argparse.Namespace) -> int:
 
     with _inspected(_site(arguments)) as ledger:
         if arguments.verify:
-            report = ledger.verify()
+            seen = ledger.verify()
             result = {
                 "verified": True,
-                "rows": report.entries,
-                "studies": report.studies,
-                "attempts": report.attempts,
-                "head_sha256": report.head.hash.hex(),
-                "head_signature": report.head.signature.hex(),
+                "rows": seen.entries,
+                "studies": seen.studies,
+                "attempts": seen.attempts,
+                "head_sha256": seen.head.hash.hex(),
+                "head_signature": seen.head.signature.hex(),
             }
-            line = f"The ledger verifies: {report.entries} rows, {report.studies} studies, {report.attempts} attempts. "
-            _tell(arguments, result, [line + f"Head {report.head.hash.hex()}"])
+            line = f"The ledger verifies: {seen.entries} rows, {seen.studies} studies, {seen.attempts} attempts. "
+            report(arguments.json, result, [line + f"Head {seen.head.hash.hex()}"])
         else:
             every = rows(ledger)
-            _tell(arguments, every, map(row_in_words, every))
+            report(arguments.json, every, map(row_in_words, every))
     return ExitStatus.HANDLED
 
 
 def _budget(arguments: argparse.Namespace) -> int:
-    from medfed.client.approval import caps_of
     from medfed.client.budget import budget, budget_in_words
 
     site = _site(arguments)
     with _inspected(site) as ledger:
-        spent = budget(ledger, caps_of(site))
-    _tell(arguments, spent, budget_in_words(spent))
+        spent = budget(ledger, site.config.policy.caps)
+    report(arguments.json, spent, budget_in_words(spent))
     return ExitStatus.HANDLED
 
 
@@ -245,7 +248,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     site = _site(arguments)
     with _inspected(site) as ledger:
         planned = forecast(site, arguments.study, ledger)
-    _tell(arguments, planned, in_words(planned))
+    report(arguments.json, planned, in_words(planned))
     return ExitStatus.HANDLED
 
 
@@ -277,18 +280,6 @@ def _inspected(site: Site) -> LedgerView:
     from medfed.client.ledger import LedgerView
 
     return LedgerView.inspect(site.seams.files, site.ledger_path, site.identity())
-
-
-def _tell(arguments: argparse.Namespace, result: object, lines: Iterable[str]) -> None:
-    if arguments.json:
-        say_json(result)
-    else:
-        _say_all(lines)
-
-
-def _say_all(lines: Iterable[str]) -> None:
-    for line in lines:
-        say(line)
 
 
 if __name__ == "__main__":

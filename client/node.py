@@ -265,6 +265,7 @@ class Node:
             reason = type(error).__name__
         except Exception as error:  # the class name only: an exception's text may hold patients' data
             log.error("internal error (%s) while answering a message", type(error).__name__)
+            log.debug("internal error", exc_info=True)
             reason = type(error).__name__
         return Message(Error(CLIENT_FAILED, reason), reply_to=message)
 

@@ -92,7 +92,9 @@ class Site:
         """Another key would make strangers of the same patients and begin their account anew."""
         key = self.seams.files.read_private(self.patients_key_path)
         if len(key) != PATIENTS_KEY_BYTES:
-            raise EnvironmentFault(211, f"{self.patients_key_path.name} is not the key made here", "restore it from backup")
+            raise EnvironmentFault(
+                211, f"{self.patients_key_path.name} is not the key made here", "restore it from backup"
+            )
         return key
 
 

@@ -10,9 +10,10 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
+from medfed import __version__
 from medfed.errors import ConfigError, ExitStatus, MedfedError
 
 EXIT_HELP = (
@@ -35,6 +36,7 @@ class Parser(argparse.ArgumentParser):
 def new_parser(program: str, description: str) -> tuple[Parser, argparse._SubParsersAction[Parser]]:
     """A command with subcommands; each subcommand sets ``action``."""
     parser = Parser(prog=program, description=description, epilog=EXIT_HELP)
+    parser.add_argument("--version", action="version", version=f"{program} {__version__}")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and debug logs")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     return parser, commands
@@ -111,6 +113,19 @@ def say(text: str) -> None:
 
 def say_json(value: object) -> None:
     say(json.dumps(value, indent=1))
+
+
+def say_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        say(line)
+
+
+def report(as_json: bool, result: object, lines: Iterable[str]) -> None:
+    """The result of a command that reports: as JSON for programs, or as ``lines`` for people."""
+    if as_json:
+        say_json(result)
+    else:
+        say_lines(lines)
 
 
 def confirm(question: str, *, assume_yes: bool) -> bool:

@@ -32,9 +32,7 @@ def block(text: str, *, width: int = 100) -> list[str]:
 
 
 def _is_plain(character: str) -> bool:
-    return (
-        " " <= character <= "~" or ("À" <= character <= "ž" and character not in _IMITATING) or character in _SYMBOLS
-    )
+    return " " <= character <= "~" or ("À" <= character <= "ž" and character not in _IMITATING) or character in _SYMBOLS
 
 
 def _escaped(character: str) -> str:

@@ -89,9 +89,7 @@ def enrol(identity: Identity, hospital: str, node_key: str, nominal_patients: in
         )
     except ValidationError as error:
         field = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise ConfigError(
-            203, f"{field} not usable", "names: letters, digits, space . _ - (at most 64)"
-        ) from error
+        raise ConfigError(203, f"{field} not usable", "names: letters, digits, space . _ - (at most 64)") from error
     return unsigned.model_copy(update={"signature": identity.sign(unsigned._signed_bytes()).hex()})
 
 

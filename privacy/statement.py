@@ -44,7 +44,7 @@ class Statement(TypedDict):
 
 _AGAINST = {
     "local": "everyone outside the patient's hospital: the coordinator, all other hospitals, readers of the model",
-    "distributed": "all who see only sums, while at most `colluders` hospitals conspire with the coordinator",
+    "distributed": "all who see only sums, while at most {colluders} of the hospitals conspire with the coordinator",
 }
 
 
@@ -73,7 +73,7 @@ def statement(study: Study, plan: Plan, attempts_used: int, versions: dict[str, 
         colluders=cohort.colluders,
         excess_noise=cohort.hospitals / honest if privacy.mode == "distributed" else float(cohort.hospitals),
         wrap_probability=plan.wrap_probability,
-        holds_against=_AGAINST[privacy.mode],
+        holds_against=_AGAINST[privacy.mode].format(colluders=cohort.colluders),
         not_claimed="anonymity; protection of a patient known to two hospitals beyond the sum of their epsilons",
         versions=versions,
     )

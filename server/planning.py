@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from medfed.display import shown
 from medfed.errors import ConfigError, PrivacyError
 from medfed.models import catalogue, parameters
 from medfed.privacy import plan as plans
@@ -64,8 +65,15 @@ def load_task(files: Files, name: str) -> TaskFile:
     """A task file by path, or one of ``template_names``."""
     path = TEMPLATES / f"{name}.toml" if name in template_names() else Path(name)
     if not files.exists(path):
-        raise ConfigError(606, f"task {name} not found", f"name a file, or one of {', '.join(template_names())}")
+        raise ConfigError(606, f"task {shown(name)} not found", f"name a file, or one of {', '.join(template_names())}")
     return load(files, path, TaskFile)
+
+
+def template_text(files: Files, name: str) -> str:
+    """A template as it is, comments and all: to copy and change. MF-606 if there is none of this name."""
+    if name not in template_names():
+        raise ConfigError(606, f"no task is called {shown(name)}", f"name one of {', '.join(template_names())}")
+    return files.read(TEMPLATES / f"{name}.toml").decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +99,9 @@ def plan_study(task: TaskFile, decisions: Decisions, roster: Roster) -> tuple[St
     MF-145 for a ring too narrow.
     """
     if len(roster.hospitals) < FEWEST_HOSPITALS:
-        raise PrivacyError(140, f"{len(roster.hospitals)} hospitals are enrolled", "a sum needs at least 3: enroll more")
+        raise PrivacyError(
+            140, f"{len(roster.hospitals)} hospitals are enrolled", "a sum needs at least 3: enroll more"
+        )
     largest = max(entry.nominal_patients for entry in roster.hospitals)
     try:
         draft = Study(

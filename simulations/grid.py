@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
@@ -15,6 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.task_identity import TaskIdentity
 
 hush()
+log = logging.getLogger("medfed.simulations")
 
 CLIENT_FAILED = 2  # Flower's code for "the client app raised"
 FIRST_NODE_ID = 2  # 1 is the coordinator
@@ -86,6 +88,8 @@ class LocalGrid(Grid):  # type: ignore[misc]
             if reply.has_content():
                 reply.content = _copied(reply.content)
         except Exception as error:  # the class name only, as the real node: text may hold data
+            log.error("internal error (%s) while answering a message", type(error).__name__)
+            log.debug("internal error", exc_info=True)
             return Message(Error(CLIENT_FAILED, type(error).__name__), reply_to=message)
         return reply
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -49,6 +50,7 @@ from medfed.server.store import Checkpoint, Store
 from medfed.server.study_file import render
 from medfed.simulations.cohorts import PATIENT_COLUMN, Cohort
 from medfed.simulations.entropy import SeededEntropy
+from medfed.simulations.watch import Watch
 from medfed.study import Study
 
 log = logging.getLogger("medfed.simulations")
@@ -90,7 +92,7 @@ class Rehearsed:
     weights: NDArray[np.float32]
     history: tuple[NDArray[np.float32], ...]
     seconds: float
-    train_seconds: tuple[float, ...]
+    train_seconds: Mapping[int, float]
     folder: Path
 
 
@@ -188,10 +190,10 @@ def _options(name: str, patients: int, ports: Ports) -> SiteOptions:
 
 def _study(cohort: Cohort, plan: Rehearsal, roster: Roster, seams: Seams, given: Study | None) -> tuple[Study, bytes]:
     """The given study pinned to the rehearsal's roster and a first model of its own, or the cohort's task planned."""
-    if given is not None:
-        return _repinned(given, roster)
     if plan.seed is not None:
         torch.manual_seed(plan.seed)  # first weights; they are public in any case
+    if given is not None:
+        return _repinned(given, roster)
     task = load_task(seams.files, cohort.task)
     training = task.training.model_copy(
         update={
@@ -255,14 +257,16 @@ def _run(
             observe(checkpoint, what)
 
     def train(exchange: Exchange) -> None:
-        results.append(Rounds(assignment, exchange, store, seams, watch).run())
+        results.append(Rounds(assignment, watch_hospitals.ending(exchange), store, seams, watch).run())
 
-    grid = LocalGrid([make_client_app(hospital.handle) for hospital in hospitals])
+    watch_hospitals = Watch([entry.hospital for entry in assignment.roster.hospitals])
+    handles = [watch_hospitals.telling(position, one.handle) for position, one in enumerate(hospitals)]
+    grid = LocalGrid([make_client_app(handle) for handle in handles])
     run_local(make_server_app(train, grid.node_ids), grid)
     return results[0], assignment
 
 
-def slowest_training(sites: list[Site], study: Study) -> tuple[float, ...]:
+def slowest_training(sites: list[Site], study: Study) -> dict[int, float]:
     """By attempt: seconds of the slowest hospital's training, from the hospitals' own notes."""
     slowest: dict[int, float] = {}
     for site in sites:
@@ -270,4 +274,4 @@ def slowest_training(sites: list[Site], study: Study) -> tuple[float, ...]:
         for line in site.seams.files.read(path).splitlines():
             note = json.loads(line)
             slowest[note["attempt"]] = max(slowest.get(note["attempt"], 0.0), float(note["train_s"]))
-    return tuple(slowest[attempt] for attempt in sorted(slowest))
+    return slowest

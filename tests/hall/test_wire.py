@@ -35,6 +35,7 @@ from medfed.wire import (
     encode,
     expect,
     state_statement,
+    upload_size_bytes,
 )
 
 LIMIT = 4096
@@ -402,3 +403,8 @@ def test_state_statement_binds_study_round_and_state() -> None:
 @given(st.lists(st.binary(max_size=5), max_size=4), st.lists(st.binary(max_size=5), max_size=4))
 def test_encoding_of_parts_is_unambiguous(one: list[bytes], other: list[bytes]) -> None:
     assert (enc(*one) == enc(*other)) == (one == other)
+
+
+@given(st.binary(max_size=LIMIT))
+def test_stated_size_of_an_upload_is_its_length(payload: bytes) -> None:
+    assert upload_size_bytes(len(payload)) == len(encode(Upload(h32, h16, 1, 5, 2, h64, payload), IDENTITY))

@@ -1,0 +1,133 @@
+"""``medfed-server study check``: what a study means, worked out from its file, in plain words or as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TypedDict
+
+from medfed.advance import divisor
+from medfed.display import block, shown
+from medfed.errors import PrivacyError
+from medfed.models import catalogue, parameters
+from medfed.privacy.plan import make_plan
+from medfed.privacy.statement import statement
+from medfed.roster import Roster
+from medfed.study import Study
+
+
+class StudyCheck(TypedDict):
+    """``epsilon`` counts all attempts. ``noise_sd_of_mean``: standard deviation of the noise in each coordinate of the
+    released mean gradient (clipped to ``clipping_norm``), null without the roster. ``grid_step`` and ``range`` are in
+    units of the gradient; ``wrap_probability`` is for all attempts and words together."""
+
+    study: str
+    study_sha256: str
+    purpose: str
+    expires: str
+    expired: bool
+    model: str
+    parameters: int
+    hospitals: int
+    colluders: int
+    rounds: int
+    spare_attempts: int
+    sampling_rate: float
+    unit: str
+    mode: str
+    epsilon_claimed: float
+    epsilon: float
+    epsilon_without_spares: float
+    epsilon_own_noise_alone: float
+    delta: float
+    noise_multiplier: float
+    clipping_norm: float
+    excess_noise: float
+    noise_sd_of_mean: float | None
+    ring_bits: int
+    grid_step: float
+    range: float
+    wrap_probability: float
+    upload_bytes_per_round: int
+    holds_against: str
+    not_claimed: str
+
+
+def check(study: Study, roster: Roster | None, wall_s: float) -> StudyCheck:
+    """Work out a study. Raises MF-135 if it claims less epsilon than it costs, MF-145 if its ring is too narrow."""
+    plan = make_plan(study, parameters.count(catalogue.build(study)))
+    if plan.epsilon > study.privacy.epsilon:
+        what = f"the study states epsilon {study.privacy.epsilon:g}, it is {plan.epsilon:.4f}"
+        raise PrivacyError(135, what, "plan it again: medfed-server study new")
+    said = statement(study, plan, 0, {})
+    step = 2.0**-plan.exponent
+    noise = None
+    if roster is not None:
+        total_sd = plan.noise_sd * step * math.sqrt(study.cohort.hospitals)
+        noise = total_sd / divisor(study, roster.nominal_patients)
+    return StudyCheck(
+        study=study.study.name,
+        study_sha256=study.hash().hex(),
+        purpose=study.study.purpose,
+        expires=study.study.expires,
+        expired=study.expired(wall_s),
+        model=" ".join([study.model.name, *map(str, study.model.hidden)]),
+        parameters=plan.words,
+        hospitals=study.cohort.hospitals,
+        colluders=study.cohort.colluders,
+        rounds=study.training.rounds,
+        spare_attempts=study.training.spare_attempts,
+        sampling_rate=study.privacy.sampling_rate,
+        unit=study.privacy.unit,
+        mode=study.privacy.mode,
+        epsilon_claimed=study.privacy.epsilon,
+        epsilon=plan.epsilon,
+        epsilon_without_spares=plan.epsilon_after(study.training.rounds),
+        epsilon_own_noise_alone=plan.own_epsilon,
+        delta=plan.delta,
+        noise_multiplier=study.privacy.noise_multiplier,
+        clipping_norm=study.privacy.clipping_norm,
+        excess_noise=said["excess_noise"],
+        noise_sd_of_mean=noise,
+        ring_bits=plan.ring_bits,
+        grid_step=step,
+        range=study.quantization.range,
+        wrap_probability=plan.wrap_probability,
+        upload_bytes_per_round=plan.words * plan.ring_bits // 8,
+        holds_against=said["holds_against"],
+        not_claimed=said["not_claimed"],
+    )
+
+
+def in_words(checked: StudyCheck) -> Iterator[str]:
+    """The check as lines for a terminal."""
+    yield f"Study {shown(checked['study'])}, until {checked['expires']}{' (EXPIRED)' if checked['expired'] else ''}"
+    yield f"  hash {checked['study_sha256']}"
+    yield from block(checked["purpose"])
+    yield (
+        f"Trains {checked['model']} ({checked['parameters']} parameters) for {checked['rounds']} rounds, with "
+        f"{checked['spare_attempts']} spare attempts; each {checked['unit']} is in a round with chance "
+        f"{checked['sampling_rate']:g}."
+    )
+    yield (
+        f"Privacy: epsilon {checked['epsilon']:.4g} for all attempts (claimed {checked['epsilon_claimed']:g}), "
+        f"{checked['epsilon_without_spares']:.4g} without spares, at delta {checked['delta']:g} a {checked['unit']}."
+    )
+    yield f"  mode {checked['mode']}: holds against {checked['holds_against']}"
+    yield f"  one hospital's noise alone: epsilon {checked['epsilon_own_noise_alone']:.4g}"
+    yield f"  not claimed: {checked['not_claimed']}"
+    yield (
+        f"Noise: multiplier {checked['noise_multiplier']:g} on clipping norm {checked['clipping_norm']:g}; the sum holds "
+        f"{checked['excess_noise']:.4g} times the variance that the guarantee needs."
+    )
+    if checked["noise_sd_of_mean"] is not None:
+        yield f"  in each coordinate of the mean gradient: standard deviation {checked['noise_sd_of_mean']:.3g}"
+    yield (
+        f"Cohort: {checked['hospitals']} hospitals, of which {checked['colluders']} may conspire with the coordinator; "
+        "all of them are needed in every round."
+    )
+    yield (
+        f"Sums: {checked['ring_bits']}-bit ring, steps of {checked['grid_step']:.3g}, a hospital's sum saturates beyond "
+        f"{checked['range']:g}; chance that any word wraps {checked['wrap_probability']:.1g}; "
+        f"{checked['upload_bytes_per_round']} bytes of vector an upload."
+    )
