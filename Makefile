@@ -10,7 +10,7 @@ MEDFED_DATA ?= $(wildcard $(CURDIR)/../shared/data)
 export MEDFED_DATA
 COHORT ?= breast-cancer
 
-.PHONY: install demo test soak federation lint types bench clean
+.PHONY: install demo test soak federation lint types bench docs clean
 
 install: $(VENV)/.installed
 
@@ -44,8 +44,12 @@ types: install
 	for room in $(ROOMS); do ln -s ../../$$room .typing/medfed/$$room; done
 	$(BIN)/mypy -p medfed
 
+# the pages made from the code: error codes, help texts
+docs: install
+	$(BIN)/python tests/hall/test_docs.py
+
 bench: install
-	$(BIN)/python -m medfed.simulations.benchmarks.federation --json
+	$(BIN)/python -m medfed.simulations.benchmarks.rounds --json
 
 clean:
 	rm -rf $(VENV) .typing build dist

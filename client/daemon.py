@@ -15,7 +15,7 @@ from medfed.client.participation import Noise, Participation
 from medfed.client.setup import open_site
 from medfed.client.site import Site
 from medfed.client.trainer import warm_up
-from medfed.errors import ExitStatus, PrivacyError
+from medfed.errors import ExitStatus, MedfedError, PrivacyError
 from medfed.privacy.noise import discrete_gaussian
 from medfed.seams import Seams, require_system_entropy
 
@@ -35,7 +35,13 @@ def open_hospital(site: Site, noise: Noise) -> Iterator[Hospital]:
         for known in ledger.studies():
             if known.state is StudyState.WITHDRAWN:
                 continue
-            approved = load_approved(site, known.approval.study, ledger)
+            try:
+                approved = load_approved(site, known.approval.study, ledger)
+            except MedfedError as error:
+                if known.state is StudyState.OPEN:
+                    raise
+                log.info("finished study %s is left out: %s", known.approval.name, error)
+                continue
             warm_up(approved.study, approved.model)
             parts.append(Participation(approved, identity, ledger, caps_of(site), site.seams, noise))
         yield Hospital(identity, parts)

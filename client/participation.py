@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,8 @@ from medfed.wire import (
     expect,
     state_statement,
 )
+
+log = logging.getLogger("medfed.client")
 
 # (key of 32 fresh bytes, standard deviation in grid units, size) -> int64[size]
 Noise = Callable[[bytes, float, int], NDArray[np.int64]]
@@ -219,12 +222,19 @@ class Participation:
             raise Refuse(Refused.OFFERS_REFUSED, "the session's offers changed")
 
     def _reserve(self, request: RoundRequest) -> None:
+        now = self._seams.clock.wall()
         try:
-            self._ledger.reserve(
-                self.study_hash, request.round + 1, request.attempt, self._caps, self._seams.clock.wall()
-            )
+            debit = self._ledger.reserve(self.study_hash, request.round + 1, request.attempt, self._caps, now)
         except BudgetExhausted as error:
             raise Refuse(Refused.BUDGET, str(error)) from error
+        log.info(
+            "%s: round %d of %d, attempt %d, epsilon spent %.3f",
+            self.approved.study.study.name,
+            request.round + 1,
+            self.approved.study.training.rounds,
+            request.attempt,
+            debit.epsilon_after,
+        )
 
     def _train_and_seal(self, party: Party, request: RoundRequest) -> bytes:
         """From here on the attempt is charged."""
@@ -350,6 +360,7 @@ class Participation:
         self._write_model()
         if self._is_open:
             self._ledger.close_study(self.study_hash, "all rounds done")
+            log.info("%s is done; the model is in %s", self.approved.study.study.name, self.approved.folder)
         self._end_session()
         reply = Finished(self.study_hash, request.nonce, self.approved.position, request.round, self._attestation())
         return encode(reply, self._identity)

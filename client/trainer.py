@@ -43,8 +43,8 @@ def gradient_sum(
     """Sum over sampled patients of each one's mean gradient, clipped to the study's norm: float64[d].
 
     Each patient is in with probability ``sampling_rate``, independently (secret coins from ``sampling_key``,
-    64 fresh bytes). Of a patient with more records than the study's cap a fresh random subset of that size is used. No patient sampled
-    gives zeros: the caller adds noise all the same.
+    64 fresh bytes). Of a patient with more records than the study's cap a fresh random subset of that size is used. No
+    patient sampled gives zeros: the caller adds noise all the same.
     """
     sampled = poisson_mask(sampling_key[:32], patients.count, study.privacy.sampling_rate)
     lots = Keystream(sampling_key[32:])

@@ -97,11 +97,13 @@ def _fail(line: str, status: ExitStatus, debug: bool) -> int:
 
 def _log_to_stderr(debug: bool) -> None:
     logging.basicConfig(
-        level=logging.DEBUG if debug else logging.INFO,
+        level=logging.DEBUG if debug else logging.WARNING,
         format="%(asctime)s %(levelname)s %(message)s",
         stream=sys.stderr,
         force=True,
     )
+    # libraries tell at INFO what no operator asked for
+    logging.getLogger("medfed").setLevel(logging.DEBUG if debug else logging.INFO)
     for name in ("httpx", "httpcore", "flwr", "matplotlib", "absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

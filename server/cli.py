@@ -67,7 +67,7 @@ def _add_study(commands: argparse._SubParsersAction[Parser]) -> None:
     _add_json(tasks)
     tasks.set_defaults(action=_tasks)
     show = actions.add_parser("show-task", help="print a task's file, to copy and change")
-    show.add_argument("name")
+    show.add_argument("name", help="one of those that tasks lists")
     show.set_defaults(action=_show_task)
     new = actions.add_parser("new", help="write a study, its roster and its first model into FOLDER/study")
     needed: list[tuple[str, type, str, str]] = [

@@ -283,6 +283,8 @@ class Rounds:
         )
         self._store.save_checkpoint(self._checkpoint)
         aggregator.close_round()
+        rounds = self._it.study.training.rounds
+        log.info("round %d of %d done, attempt %d, %.2f s", record.round, rounds, record.attempt, record.seconds)
         self._observe(self._checkpoint, f"round {record.round} done")
 
     # --- the end -----------------------------------------------------------------------------------------------------

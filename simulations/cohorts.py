@@ -59,7 +59,10 @@ class Hospital:
 
 @dataclass(frozen=True, slots=True)
 class Cohort:
-    """A cohort split for one seed. ``split`` says in words how test patients were chosen."""
+    """A cohort split for one seed. ``split`` says in words how test patients were chosen.
+
+    ``seed`` is the split's if the catalogue made it: the same name, seed and number of hospitals give the same cohort.
+    """
 
     name: str
     task: str
@@ -67,6 +70,7 @@ class Cohort:
     hospitals: tuple[Hospital, ...]
     split: str
     source: str
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,7 @@ def _breast_cancer(files: Files, seed: int, hospitals: int | None) -> Cohort:
         ),
         f"80/20, stratified, random_state={seed}; patients dealt to {count} hospitals by the same seed",
         "Wolberg, Mangasarian, Street, Street 1995, UCI 10.24432/C5DW2B, CC BY 4.0, as bundled with scikit-learn",
+        seed,
     )
 
 
@@ -126,6 +131,7 @@ def _heart_disease(files: Files, seed: int, hospitals: int | None) -> Cohort:
         tuple(_heart_hospital(files, folder, name, seed) for name in _HEART_FILES),
         f"66/34 inside each hospital, stratified where both classes have more than two rows, random_state={seed}",
         "Janosi, Steinbrunn, Pfisterer, Detrano 1988, UCI 10.24432/C52P4X, CC BY 4.0",
+        seed,
     )
 
 

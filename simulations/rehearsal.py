@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -33,7 +33,7 @@ from medfed.roster import Roster
 from medfed.seams import Entropy, Seams
 from medfed.server.daemon import load_assignment, run_folder
 from medfed.server.planning import Decisions, load_task, plan_study
-from medfed.server.rounds import Assignment, Observer, Rounds
+from medfed.server.rounds import Assignment, Rounds
 from medfed.server.setup import (
     CONFIG_NAME as SERVER_CONFIG_NAME,
 )
@@ -57,6 +57,9 @@ log = logging.getLogger("medfed.simulations")
 
 LIFETIME = 1000.0  # a rehearsal's budget: wide, as these patients are public
 UNUSED_EPSILON = 8.0  # what the study says when no noise is added; such a run is stamped not private
+
+
+Onlooker = Callable[[Assignment, Checkpoint, str], None]  # the coordinator's observer, and what it runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,10 @@ NO_PORTS = Ports(8443, 8444)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rehearsed:
-    """A finished rehearsal. ``weights``: float32[d] of the released model; ``history``: the same after each round."""
+    """A finished rehearsal. ``weights``: float32[d] of the released model; ``history``: the same after each round.
+
+    ``train_seconds``: by attempt, what the slowest hospital's training took.
+    """
 
     assignment: Assignment
     checkpoint: Checkpoint
@@ -107,7 +113,7 @@ def rehearse(
     plan: Rehearsal,
     seams: Seams,
     study: Study | None = None,
-    observe: Observer | None = None,
+    observe: Onlooker | None = None,
 ) -> Rehearsed:
     """Lay out, enrol, approve, run; everything a run leaves lies under ``folder``."""
     started = seams.clock.monotonic()
@@ -237,7 +243,7 @@ def _run(
     hospitals: list[Hospital],
     seams: Seams,
     history: list[NDArray[np.float32]],
-    observe: Observer | None,
+    observe: Onlooker | None,
 ) -> tuple[Checkpoint, Assignment]:
     """The ServerApp and ClientApps of production over the in-process grid."""
     from medfed.client.node import make_client_app
@@ -254,7 +260,7 @@ def _run(
         if len(checkpoint.records) > len(history):
             history.append(released_weights(checkpoint.state, assignment.study))
         if observe is not None:
-            observe(checkpoint, what)
+            observe(assignment, checkpoint, what)
 
     def train(exchange: Exchange) -> None:
         results.append(Rounds(assignment, watch_hospitals.ending(exchange), store, seams, watch).run())

@@ -9,11 +9,18 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from medfed.seams import Seams, SystemEntropy, SystemFiles, SystemNetwork
 from medfed.study import Study
+
+if TYPE_CHECKING:
+    from medfed.client.hospital import Hospital
+    from medfed.client.participation import Noise
+    from medfed.client.site import Site
+    from medfed.simulations.cohorts import Cohort
 
 _STUDY = {
     "study": {"format": 1, "name": "sepsis", "purpose": "Predict sepsis.", "expires": "2099-12-31"},
@@ -140,9 +147,10 @@ TASK_FILE = Path(__file__).parent / "tiny_task.toml"
 NAMES = ("Ahaus", "Bonn", "Celle", "Daun")
 
 
-def _cohort() -> object:
-    """Four hospitals with 5 to 8 patients of one to three records each; a mark in every cell that could leak."""
-    from medfed.simulations.cohorts import Cohort, Hospital, Table
+def _cohort() -> Cohort:
+    """Four hospitals with 5 to 8 patients of one to three records each."""
+    from medfed.simulations.cohorts import Cohort, Table
+    from medfed.simulations.cohorts import Hospital as Split
 
     def table(hospital: int, patients: int) -> Table:
         rows = [
@@ -154,36 +162,48 @@ def _cohort() -> object:
         names = ("patient", "age", "lactate", "ventilated", "ill")
         return Table(dict(zip(names, zip(*rows, strict=True), strict=True)))
 
-    hospitals = tuple(
-        Hospital(name, table(place, 5 + place), table(place, 2)) for place, name in enumerate(NAMES)
-    )
+    hospitals = tuple(Split(name, table(place, 5 + place), table(place, 2)) for place, name in enumerate(NAMES))
     return Cohort("tiny", str(TASK_FILE), 1e-3, hospitals, "none", "made up")
 
 
+LayOut = Callable[[str], Path]
+
+
 @pytest.fixture(scope="session")
-def blank_federation(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four hospitals and a coordinator laid out, enrolled and approved by the code of the commands; copy it."""
+def lay_out_once(tmp_path_factory: pytest.TempPathFactory) -> LayOut:
+    """Four hospitals and a coordinator laid out, enrolled and approved by the code of the commands; made once, copy it.
+
+    The argument is put under the task's deadlines.
+    """
     from medfed.simulations.rehearsal import Rehearsal, lay_out
 
-    folder = tmp_path_factory.mktemp("federation")
-    seams = Seams(FakeClock(), SystemNetwork(), SystemFiles(), SystemEntropy())
-    lay_out(folder, _cohort(), Rehearsal(epsilon=8.0, mode="local", seed=1), seams)
-    return folder
+    made: dict[str, Path] = {}
+
+    def once(deadlines: str) -> Path:
+        if deadlines not in made:
+            folder = tmp_path_factory.mktemp("federation")
+            task = folder / "task.toml"
+            task.write_text(TASK_FILE.read_text().replace("[deadlines]\n", f"[deadlines]\n{deadlines}\n"))
+            seams = Seams(FakeClock(), SystemNetwork(), SystemFiles(), SystemEntropy())
+            cohort = replace(_cohort(), task=str(task))
+            lay_out(folder, cohort, Rehearsal(epsilon=8.0, mode="local", seed=1), seams)
+            made[deadlines] = folder
+        return made[deadlines]
+
+    return once
 
 
 class World:
     """A copy of the federation: opens, kills and reopens hospitals; speaks for the coordinator."""
 
-    def __init__(self, folder: Path, clock: FakeClock, seed: int = 1) -> None:
+    def __init__(self, folder: Path, clock: FakeClock, stack: contextlib.ExitStack) -> None:
         from medfed.server.daemon import load_assignment, run_folder
         from medfed.server.setup import load_office
         from medfed.server.store import Store
 
         self.folder = folder
         self.clock = clock
-        self.seed = seed
-        self.starts = dict.fromkeys(NAMES, 0)
-        self.coordinator_starts = 0
+        self.stack = stack
         self.base = Seams(clock, SystemNetwork(), SystemFiles(), SystemEntropy())
         self.office = load_office(self.base, folder / "coordinator" / "server.toml")
         self.assignment = load_assignment(self.office)
@@ -191,45 +211,83 @@ class World:
         self.study_hash = self.study.hash()
         self.run_folder = run_folder(self.office, self.assignment)
         self.store = Store(self.base.files, self.run_folder, self.assignment.plan.words)
+        self.hospitals: dict[int, Hospital] = {}
+        self._starts = dict.fromkeys([*NAMES, "coordinator"], 0)
+        self._open: dict[int, contextlib.ExitStack] = {}
 
-    def seams_of(self, owner: str, start: int) -> Seams:
+    def seams_of(self, owner: str) -> Seams:
         """Seeded entropy of its own for every start of every process: a restart must not repeat a draw."""
         from medfed.simulations.entropy import SeededEntropy
 
-        return replace(self.base, entropy=SeededEntropy(self.seed, f"{owner}/{start}"))
+        self._starts[owner] += 1
+        return replace(self.base, entropy=SeededEntropy(1, f"{owner}/{self._starts[owner]}"))
 
-    def site(self, position: int) -> object:
+    def place(self, position: int) -> Path:
+        """A hospital's folder for this study."""
+        return self.folder / NAMES[position] / "studies" / self.study_hash.hex()
+
+    def site(self, position: int, **seams: object) -> Site:
+        """``site(0, entropy=...)``: with a seam replaced."""
         from medfed.client.site import load_site
 
-        name = NAMES[position]
-        self.starts[name] += 1
-        return load_site(self.seams_of(name, self.starts[name]), self.folder / name / "hospital.toml")
+        mine = replace(self.seams_of(NAMES[position]), **seams)
+        return load_site(mine, self.folder / NAMES[position] / "hospital.toml")
 
-    def coordinator_seams(self) -> Seams:
-        self.coordinator_starts += 1
-        return self.seams_of("coordinator", self.coordinator_starts)
+    def start(self, position: int, noise: Noise | None = None, **seams: object) -> Hospital:
+        """Start (or kill and start again) a hospital's process."""
+        from medfed.client.daemon import open_hospital
+        from medfed.privacy.noise import discrete_gaussian
+
+        self.kill(position)
+        own = self.stack.enter_context(contextlib.ExitStack())
+        site = self.site(position, **seams)
+        self.hospitals[position] = own.enter_context(open_hospital(site, noise or discrete_gaussian))
+        self._open[position] = own
+        return self.hospitals[position]
+
+    def start_all(self, noise: Noise | None = None) -> None:
+        for position in range(len(NAMES)):
+            self.start(position, noise)
+
+    def kill(self, position: int) -> None:
+        """What was in memory is gone."""
+        self.hospitals.pop(position, None)
+        if position in self._open:
+            self._open.pop(position).close()
+
+    def rows(self, position: int) -> list[tuple[str, int]]:
+        """Kind and attempt of every row of a hospital's ledger, read from its file beside the running process."""
+        from medfed.client.ledger import LedgerView
+
+        site = self.site(position)
+        with LedgerView.inspect(site.seams.files, site.ledger_path, site.identity()) as ledger:
+            return [(entry.kind.value, entry.attempt) for entry in ledger.entries()]
+
+    def charged(self, position: int) -> int:
+        """Events charged at a hospital."""
+        return sum(kind == "RESERVED" for kind, _ in self.rows(position))
 
 
 MakeWorld = Callable[..., World]
 
 
 @pytest.fixture
-def make_world(blank_federation: Path, tmp_path: Path, clock: FakeClock) -> MakeWorld:
-    """``make_world()``: a fresh copy of the laid-out federation under the fake clock."""
-    copies = 0
+def make_world(lay_out_once: LayOut, tmp_path: Path, clock: FakeClock) -> Iterator[MakeWorld]:
+    """``make_world()``: a fresh copy of the laid-out federation under the fake clock; closed at the end."""
+    with contextlib.ExitStack() as stack:
+        copies = 0
 
-    def make(seed: int = 1) -> World:
-        nonlocal copies
-        copies += 1
-        folder = tmp_path / f"world-{copies}"
-        shutil.copytree(blank_federation, folder)
-        return World(folder, clock, seed)
+        def make(deadlines: str = "") -> World:
+            nonlocal copies
+            copies += 1
+            folder = tmp_path / f"world-{copies}"
+            shutil.copytree(lay_out_once(deadlines), folder)
+            return World(folder, clock, stack)
 
-    return make
+        yield make
 
 
 @pytest.fixture
-def closing() -> Iterator[contextlib.ExitStack]:
-    """Closes what a test opened."""
-    with contextlib.ExitStack() as stack:
-        yield stack
+def world(make_world: MakeWorld) -> World:
+    """The federation with nobody started."""
+    return make_world()

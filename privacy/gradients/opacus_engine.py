@@ -138,10 +138,8 @@ class _Recorder:
         if loss.shape != (len(inputs),):
             what = f"the loss has shape {tuple(loss.shape)} for {len(inputs)} records"
             raise UnsupportedModel(160, what, "return one loss a record")
-        with warnings.catch_warnings():
-            # true of every first layer, whose inputs are records; its output's gradient is all that is needed
-            warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
-            loss.sum().backward()  # type: ignore[no-untyped-call]
+        _expect_plain_inputs()
+        loss.sum().backward()  # type: ignore[no-untyped-call]
         for name, value in self._model.named_buffers():
             if not torch.equal(value, self._constants[name]):
                 raise UnsupportedModel(160, f"buffer {name} changes with the records", "use a layer without statistics")
@@ -159,6 +157,15 @@ class _Recorder:
         if bool((difference > _AGREEMENT * flat.abs().sum(0) + torch.finfo(flat.dtype).tiny).any()):
             raise UnsupportedModel(160, f"{name} mixes records or is used outside its layer", "use a plain layer")
         return flat
+
+
+def _expect_plain_inputs() -> None:
+    """Torch warns that a first layer's inputs need no gradient. They are records: its output's gradient is all we need.
+
+    For the whole process and this message only: ``catch_warnings`` restores the filters of whatever thread ended last,
+    and hospitals of a rehearsal train in threads. Inputs that require gradients would cost one more backward pass.
+    """
+    warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
 
 
 def _clip_and_sum(gradients: list[Tensor], owners: NDArray[np.int64], bound: float) -> NDArray[np.float64]:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from medfed.client.ledger import LedgerView
 from medfed.client.site import Site, load_site
-
 from medfed.seams import system_seams
 
 Main = Callable[[Sequence[str] | None], int]

@@ -1,0 +1,90 @@
+"""``medfed-simulate evaluate``: the model that a run left, scored again on the public cohort's test patients.
+
+Only for public cohorts: in a real federation exact metrics never leave a hospital.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from medfed.errors import ConfigError
+from medfed.models import catalogue, parameters
+from medfed.seams import Seams
+from medfed.simulations.cohorts import load_cohort
+from medfed.simulations.outcome import EVALUATION, score_cohort
+from medfed.simulations.run_folder import RESULT_NAME
+from medfed.simulations.runs import MODEL_NAME, STUDY_NAME
+from medfed.study import load_study
+
+LIMIT_BYTES = 1 << 24
+
+
+class _Recorded(BaseModel):
+    """The keys of ``result.json`` that say which split the model belongs to; the others are not needed here."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True)
+
+    cohort: str
+    hospitals: int
+    seeds: list[int | None]
+    test_auc_by_seed: list[float | None]
+    stamps: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A model on its run's first split. ``as_recorded``: whether ``result.json`` says the same, to the last digit."""
+
+    cohort: str
+    split_seed: int
+    test_records: int
+    test_auc: float | None
+    test_accuracy: float | None
+    per_hospital: dict[str, float | None]
+    recorded_test_auc: float | None
+    as_recorded: bool
+    evaluation: str
+    stamps: tuple[str, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """The dictionary of ``medfed-simulate evaluate --json``."""
+        return asdict(self)
+
+
+def evaluate_run(folder: Path, seams: Seams) -> Evaluation:
+    """Score ``model.safetensors`` of a run. Raises MF-606 if files are missing, MF-201 or MF-203 if it is no run of ours."""
+    recorded = _recorded(folder, seams)
+    seed = recorded.seeds[0]
+    if seed is None:
+        raise ConfigError(203, "this run was made from a cohort of your own", "score it where its patients are")
+    study = load_study(seams.files, folder / STUDY_NAME)
+    model_file = seams.files.read(folder / MODEL_NAME)
+    weights = parameters.from_safetensors(catalogue.build(study), model_file)
+    cohort = load_cohort(seams.files, recorded.cohort, seed, recorded.hospitals)
+    scores = score_cohort(cohort, study, weights)
+    return Evaluation(
+        cohort=cohort.name,
+        split_seed=seed,
+        test_records=sum(hospital.records for hospital in scores.hospitals),
+        test_auc=scores.auc,
+        test_accuracy=scores.accuracy,
+        per_hospital={hospital.name: hospital.auc for hospital in scores.hospitals},
+        recorded_test_auc=recorded.test_auc_by_seed[0],
+        as_recorded=scores.auc == recorded.test_auc_by_seed[0],
+        evaluation=EVALUATION,
+        stamps=tuple(recorded.stamps),
+    )
+
+
+def _recorded(folder: Path, seams: Seams) -> _Recorded:
+    data = seams.files.read(folder / RESULT_NAME, limit_bytes=LIMIT_BYTES)
+    try:
+        recorded = _Recorded.model_validate_json(data)
+    except ValidationError:
+        raise ConfigError(201, f"{RESULT_NAME} is not what medfed-simulate run writes", "name a run's folder") from None
+    if not recorded.seeds or len(recorded.seeds) != len(recorded.test_auc_by_seed):
+        raise ConfigError(203, f"{RESULT_NAME} names no split", "name a run's folder")
+    return recorded

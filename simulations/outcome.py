@@ -1,0 +1,210 @@
+"""What a rehearsal came to: one federation's scores on the test patients, and the result of several splits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medfed.privacy import accounting
+from medfed.server.results import versions
+from medfed.server.rounds import Assignment
+from medfed.server.store import Checkpoint
+from medfed.simulations.cohorts import Cohort
+from medfed.simulations.pooled import pooled_records, score, train_pooled
+from medfed.study import Study
+
+EVALUATION = "public-benchmark"
+SIMULATED = "simulation"
+NO_NOISE = "NOT PRIVATE: no noise"
+SEEDED = "NOT PRIVATE: seeded randomness"
+
+
+@dataclass(frozen=True, slots=True)
+class HospitalScore:
+    """One hospital's test patients. ``auc`` is None where they are all of one class."""
+
+    name: str
+    records: int
+    auc: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """A model on the test patients: all together, and hospital by hospital."""
+
+    auc: float | None
+    accuracy: float | None
+    hospitals: tuple[HospitalScore, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """One federation's end, scored outside it.
+
+    ``weights``: float32[d]; ``auc_by_round``: all test patients together, after each round; ``seconds``: from the first
+    key to the final model; ``overhead_s``: of each round, what was not the slowest hospital's training.
+    """
+
+    cohort: Cohort
+    assignment: Assignment
+    checkpoint: Checkpoint
+    weights: NDArray[np.float32]
+    scores: Scores
+    auc_by_round: tuple[float | None, ...]
+    pooled_auc: float | None
+    pooled_rounds: int
+    seconds: float
+    overhead_s: tuple[float, ...]
+
+    def epsilon_by_attempt(self) -> tuple[float, ...]:
+        """Epsilon once 1, 2, ... attempts are spent, to the end of the approved list."""
+        plan = self.assignment.plan
+        return tuple(plan.epsilon_after(attempt) for attempt in range(1, plan.attempts + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """``result.json``: the keys of every run. Means are over splits; seconds are of one federation.
+
+    ``test_auc``: all test patients together. ``epsilon``: of the approved list of attempts, the largest over splits;
+    None without noise. ``upload_bytes_per_round``: of one hospital. ``dropped``: hospitals missing from a released sum.
+    """
+
+    cohort: str
+    hospitals: int
+    rounds: int
+    test_auc: float | None
+    test_auc_sd: float | None
+    pooled_auc: float | None
+    epsilon: float | None
+    delta: float
+    unit: str
+    mode: str
+    accountant: str
+    colluders: int
+    seconds: float
+    seconds_per_round: float
+    overhead_s_per_round: float
+    upload_bytes_per_round: int
+    dropped: int
+    evaluation: str
+    test_accuracy: float | None
+    seeds: tuple[int | None, ...]
+    test_auc_by_seed: tuple[float | None, ...]
+    per_hospital: dict[str, float | None]
+    epsilon_spent: float | None
+    attempts: int
+    attempts_approved: int
+    pooled_rounds: tuple[int, ...]
+    stamps: tuple[str, ...]
+    versions: dict[str, str]
+
+    def to_json(self) -> dict[str, object]:
+        """The dictionary of ``result.json``."""
+        return asdict(self)
+
+
+def score_cohort(cohort: Cohort, study: Study, weights: NDArray[np.float32]) -> Scores:
+    """A model's weights float32[d] on a public cohort's test patients, outside the federation."""
+    parts = [hospital.test.encode(study) for hospital in cohort.hospitals]
+    together = score(study, weights, pooled_records(parts))
+    hospitals = tuple(
+        HospitalScore(hospital.name, len(part.labels), score(study, weights, part)["auc"] if len(part.labels) else None)
+        for hospital, part in zip(cohort.hospitals, parts, strict=True)
+    )
+    return Scores(together["auc"], together["accuracy"], hospitals)
+
+
+def make_outcome(
+    cohort: Cohort,
+    assignment: Assignment,
+    checkpoint: Checkpoint,
+    weights: NDArray[np.float32],
+    history: Sequence[NDArray[np.float32]],
+    train_seconds: Mapping[int, float],
+    seconds: float,
+) -> Outcome:
+    """Score a finished federation, and train and score the baseline on the same split."""
+    study = assignment.study
+    test = pooled_records([hospital.test.encode(study) for hospital in cohort.hospitals])
+    training = pooled_records([hospital.training.encode(study) for hospital in cohort.hospitals])
+    pooled = train_pooled(study, assignment.first.weights.astype(np.float32), training)
+    return Outcome(
+        cohort=cohort,
+        assignment=assignment,
+        checkpoint=checkpoint,
+        weights=weights,
+        scores=score_cohort(cohort, study, weights),
+        auc_by_round=tuple(score(study, after, test)["auc"] for after in history),
+        pooled_auc=score(study, pooled.weights, test)["auc"],
+        pooled_rounds=pooled.rounds,
+        seconds=seconds,
+        overhead_s=tuple(
+            record.seconds - train_seconds[record.attempt]
+            for record in checkpoint.records
+            if record.attempt in train_seconds
+        ),
+    )
+
+
+def summarize(outcomes: Sequence[Outcome], *, noise: bool, seeded: bool) -> Result:
+    """One result for the same study on several splits."""
+    first = outcomes[0]
+    study, plan = first.assignment.study, first.assignment.plan
+    areas = [outcome.scores.auc for outcome in outcomes]
+    records = [record for outcome in outcomes for record in outcome.checkpoint.records]
+    overhead = [seconds for outcome in outcomes for seconds in outcome.overhead_s]
+    stamps = [SIMULATED] + [NO_NOISE] * (not noise) + [SEEDED] * seeded
+    return Result(
+        cohort=first.cohort.name,
+        hospitals=study.cohort.hospitals,
+        rounds=study.training.rounds,
+        test_auc=mean(areas),
+        test_auc_sd=_deviation(areas),
+        pooled_auc=mean([outcome.pooled_auc for outcome in outcomes]),
+        epsilon=max(outcome.assignment.plan.epsilon for outcome in outcomes) if noise else None,
+        delta=study.privacy.delta,
+        unit=study.privacy.unit,
+        mode=study.privacy.mode,
+        accountant=accounting.ACCOUNTANT,
+        colluders=study.cohort.colluders,
+        seconds=round(float(np.mean([outcome.seconds for outcome in outcomes])), 4),
+        seconds_per_round=round(float(np.mean([record.seconds for record in records])), 4),
+        overhead_s_per_round=round(float(np.mean(overhead)), 4) if overhead else 0.0,
+        upload_bytes_per_round=max(record.upload_bytes for record in records),
+        dropped=0,  # strict mode: a sum is released with all hospitals in it, or not at all
+        evaluation=EVALUATION,
+        test_accuracy=mean([outcome.scores.accuracy for outcome in outcomes]),
+        seeds=tuple(outcome.cohort.seed for outcome in outcomes),
+        test_auc_by_seed=tuple(areas),
+        per_hospital={
+            hospital.name: mean([outcome.scores.hospitals[place].auc for outcome in outcomes])
+            for place, hospital in enumerate(first.scores.hospitals)
+        },
+        epsilon_spent=max(spent(outcome) for outcome in outcomes) if noise else None,
+        attempts=max(outcome.checkpoint.last_attempt for outcome in outcomes),
+        attempts_approved=plan.attempts,
+        pooled_rounds=tuple(outcome.pooled_rounds for outcome in outcomes),
+        stamps=tuple(stamps),
+        versions=versions(),
+    )
+
+
+def spent(outcome: Outcome) -> float:
+    """Epsilon of the attempts that were used."""
+    return outcome.assignment.plan.epsilon_after(outcome.checkpoint.last_attempt)
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Mean of the values that are known; None if none is."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _deviation(values: Sequence[float | None]) -> float | None:
+    """Sample standard deviation; None for fewer than two values."""
+    known = [value for value in values if value is not None]
+    return float(np.std(known, ddof=1)) if len(known) > 1 else None

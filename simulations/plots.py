@@ -1,0 +1,131 @@
+"""The three pictures of a run's report: what was learned by round, what it cost a patient, how each hospital fares."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from medfed.errors import ConfigError
+from medfed.simulations.outcome import Outcome, Result, mean
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_BLUE, _GRAY, _RED = "#1f5fa8", "#6b6b6b", "#b8432f"
+_WIDTH_IN = 6.4
+_NAMED_HOSPITALS = 40
+
+
+def require_matplotlib() -> None:
+    """Raise ``ConfigError`` MF-320 before a run rather than after it."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(320, "matplotlib is not installed", "pip install 'medfed[sim]'") from error
+
+
+def metric_by_round(outcomes: Sequence[Outcome], result: Result) -> bytes:
+    """PNG: test AUC after each round, mean and range over splits, against the pooled baseline."""
+    figure, axes = _canvas(3.6)
+    # the last value is the released model; splits all have the same rounds
+    curves = np.array([[np.nan if auc is None else auc for auc in one.auc_by_round] for one in outcomes])
+    rounds = np.arange(1, curves.shape[1] + 1)
+    many = len(outcomes) > 1
+    if many:
+        axes.fill_between(rounds, curves.min(0), curves.max(0), color=_BLUE, alpha=0.15, linewidth=0)
+    average = curves.mean(0)
+    label = f"federated, mean of {len(outcomes)} splits (band: lowest to highest)" if many else "federated"
+    axes.plot(rounds, average, color=_BLUE, linewidth=2, label=label)
+    axes.plot(rounds[-1:], average[-1:], "o", color=_BLUE, markersize=7, label="the released model")
+    if result.pooled_auc is not None:
+        text = "everybody's data in one place, no privacy"
+        axes.axhline(result.pooled_auc, color=_GRAY, linewidth=1.5, linestyle=(0, (5, 3)), label=text)
+    axes.set_xlabel("round")
+    axes.set_ylabel("AUC on test patients")
+    _whole_numbers(axes)
+    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def epsilon_by_attempt(outcome: Outcome) -> bytes:
+    """PNG: epsilon spent by each attempt of the first split, and what the approved spare attempts could still cost."""
+    figure, axes = _canvas(3.2)
+    costs = [0.0, *outcome.epsilon_by_attempt()]
+    used, approved = outcome.checkpoint.last_attempt, outcome.assignment.plan.attempts
+    axes.plot(range(used + 1), costs[: used + 1], color=_RED, linewidth=2, marker="o", markersize=4, label="spent")
+    if approved > used:
+        axes.plot(
+            range(used, approved + 1),
+            costs[used:],
+            color=_RED,
+            linewidth=1.5,
+            linestyle=(0, (1, 2)),
+            label=f"{approved - used} spare attempts, not needed",
+        )
+    axes.axhline(costs[-1], color=_GRAY, linewidth=1.5, linestyle=(0, (5, 3)), label="approved by every hospital")
+    axes.set_xlabel("attempt (one a round, unless a round is lost)")
+    axes.set_ylabel(f"epsilon of a {outcome.assignment.study.privacy.unit}")
+    axes.set_ylim(0, costs[-1] * 1.08)
+    axes.set_xlim(0, approved + 0.3)
+    _whole_numbers(axes)
+    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def metric_by_hospital(outcomes: Sequence[Outcome], result: Result) -> bytes:
+    """PNG: AUC of the released model on each hospital's own test patients, mean and range over splits."""
+    names = list(result.per_hospital)
+    figure, axes = _canvas(min(1.5 + 0.3 * len(names), 12.0))
+    for place, name in enumerate(names):
+        known = [auc for one in outcomes if (auc := one.scores.hospitals[place].auc) is not None]
+        if known:
+            axes.plot([min(known), max(known)], [place, place], color=_BLUE, alpha=0.35, linewidth=4)
+            axes.plot([float(np.mean(known))], [place], "o", color=_BLUE, markersize=7)
+        else:
+            axes.text(0.02, place, "one class only: no AUC", color=_GRAY, fontsize=9, va="center", transform=_rows(axes))
+        patients = mean([float(one.scores.hospitals[place].records) for one in outcomes]) or 0.0
+        names[place] = f"{name} ({patients:.0f})"
+    if result.test_auc is not None:
+        axes.axvline(result.test_auc, color=_GRAY, linewidth=1.5, linestyle=(0, (5, 3)), label="all test patients together")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=9)
+    if len(names) <= _NAMED_HOSPITALS:
+        axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    spread = " (bar: lowest to highest split)" if len(outcomes) > 1 else ""
+    axes.set_xlabel(f"AUC on the hospital's test patients{spread}")
+    axes.set_ylabel("hospital (test records)")
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color="#e4e4e4")
+    return _png(figure)
+
+
+def _canvas(height_in: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH_IN, height_in), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e4e4e4")
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _whole_numbers(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+
+
+def _rows(axes: Axes) -> object:
+    """x as a share of the width, y in data units."""
+    return axes.get_yaxis_transform()
+
+
+def _png(figure: Figure) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()

@@ -1,0 +1,117 @@
+"""Losses that belong to one record each, probabilities, and metrics against scikit-learn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import metrics
+from torch import nn
+
+from medfed.models.records import Records
+from medfed.models.tasks import auc, evaluate, losses, probabilities
+from medfed.study import Task
+
+BINARY = Task(kind="binary", label="y", classes=2)
+WEIGHTED = Task(kind="binary", label="y", classes=2, class_weights=[1.0, 4.0])
+THREE = Task(kind="multiclass", label="y", classes=3)
+THREE_WEIGHTED = Task(kind="multiclass", label="y", classes=3, class_weights=[1.0, 2.0, 0.5])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(-4, 4)), min_size=2, max_size=40))
+def test_auc_equals_scikit_learn_ties_included(rows: list[tuple[bool, int]]) -> None:
+    positive = np.array([row[0] for row in rows])
+    scores = np.array([row[1] / 4 for row in rows])
+    ours = auc(positive, scores)
+    if positive.all() or not positive.any():
+        assert ours is None
+    else:
+        assert ours == pytest.approx(metrics.roc_auc_score(positive, scores), abs=1e-12)
+
+
+def test_auc_of_perfect_reversed_and_equal_scores() -> None:
+    positive = np.array([False, False, True, True])
+    assert auc(positive, np.array([0.1, 0.2, 0.3, 0.4])) == 1.0
+    assert auc(positive, np.array([0.4, 0.3, 0.2, 0.1])) == 0.0
+    assert auc(positive, np.full(4, 0.5)) == 0.5
+    assert auc(np.array([], np.bool_), np.array([])) is None
+
+
+@pytest.mark.parametrize("task", [BINARY, WEIGHTED, THREE, THREE_WEIGHTED], ids=lambda task: f"{task.kind}")
+def test_loss_is_each_records_own(task: Task) -> None:
+    """What clipping by patient rests on: a record's loss is the same alone and among others."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(7, task.outputs, generator=generator)
+    labels = torch.tensor([0, 1, 1, 0, 1, 0, 1]) * (task.classes - 1)
+    together = losses(task)(logits, labels)
+    alone = torch.cat([losses(task)(logits[i : i + 1], labels[i : i + 1]) for i in range(7)])
+    assert together.shape == (7,)
+    assert torch.allclose(together, alone, atol=1e-7)
+
+
+def test_binary_loss_is_the_cross_entropy() -> None:
+    logits, labels = torch.tensor([[0.0], [2.0], [-3.0]]), torch.tensor([1, 0, 1])
+    chance = 1 / (1 + np.exp(-np.array([0.0, 2.0, -3.0])))
+    expected = -np.log([chance[0], 1 - chance[1], chance[2]])
+    assert losses(BINARY)(logits, labels).numpy() == pytest.approx(expected, rel=1e-6)
+    assert losses(WEIGHTED)(logits, labels).numpy() == pytest.approx(expected * [4.0, 1.0, 4.0], rel=1e-6)
+
+
+def test_multiclass_loss_is_the_cross_entropy_with_public_weights() -> None:
+    logits, labels = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]]), torch.tensor([0, 2])
+    expected = np.array([np.log(np.exp([1.0, 2.0, 3.0]).sum()) - 1.0, np.log(3.0)])
+    assert losses(THREE)(logits, labels).numpy() == pytest.approx(expected, rel=1e-6)
+    # weights multiply; they are not divided by their sum over the batch, which would couple patients
+    assert losses(THREE_WEIGHTED)(logits, labels).numpy() == pytest.approx(expected * [1.0, 0.5], rel=1e-6)
+
+
+def test_loss_of_no_records_is_empty() -> None:
+    for task in (BINARY, THREE_WEIGHTED):
+        assert losses(task)(torch.zeros(0, task.outputs), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+
+
+class Fixed(nn.Module):
+    """Its inputs are its logits."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs
+
+
+def test_probabilities_sum_to_one_and_switch_training_off() -> None:
+    inputs = np.random.default_rng(1).normal(size=(5, 3)).astype(np.float32)
+    model = nn.Sequential(Fixed(), nn.Dropout(0.9))
+    model.train()
+    chances = probabilities(model, THREE, inputs)
+    assert chances.dtype == np.float64
+    assert chances.sum(1) == pytest.approx(np.ones(5))
+    assert chances.argmax(1).tolist() == inputs.argmax(1).tolist()
+    binary = probabilities(Fixed(), BINARY, inputs[:, :1])
+    assert binary.shape == (5, 2)
+    assert binary[:, 1] == pytest.approx(1 / (1 + np.exp(-inputs[:, 0].astype(np.float64))))
+
+
+def records(inputs: np.ndarray, labels: list[int]) -> Records:
+    return Records(inputs.astype(np.float32), np.array(labels, np.int64), tuple(str(n) for n in range(len(labels))))
+
+
+def test_metrics_equal_scikit_learn() -> None:
+    rng = np.random.default_rng(7)
+    labels = rng.integers(0, 3, 60)
+    inputs = rng.normal(size=(60, 3)) + np.eye(3)[labels]
+    scores = evaluate(Fixed(), THREE, records(inputs, list(labels)))
+    chances = probabilities(Fixed(), THREE, inputs.astype(np.float32))
+    expected = metrics.roc_auc_score(labels, chances / chances.sum(1, keepdims=True), multi_class="ovr")
+    assert scores["auc"] == pytest.approx(expected, abs=1e-12)
+    assert scores["accuracy"] == pytest.approx(metrics.accuracy_score(labels, chances.argmax(1)))
+
+
+def test_metrics_of_a_set_with_one_class_or_none() -> None:
+    one = evaluate(Fixed(), BINARY, records(np.array([[1.0], [-1.0]]), [1, 1]))
+    assert one == {"auc": None, "accuracy": 0.5}
+    assert evaluate(Fixed(), BINARY, records(np.zeros((0, 1)), [])) == {"auc": None, "accuracy": None}
+    # a class that does not occur is left out of the mean
+    two = evaluate(Fixed(), THREE, records(np.eye(3)[[0, 1]], [0, 1]))
+    assert two == {"auc": 1.0, "accuracy": 1.0}
