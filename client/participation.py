@@ -202,7 +202,8 @@ class Participation:
             status = AttemptState.ABANDONED
         if status is AttemptState.ABANDONED:
             raise Refuse(Refused.ATTEMPT_SPENT, f"attempt {request.attempt} was begun and cannot be finished")
-        stored = self._seams.files.read(self._outbox_path)
+        files = self._seams.files
+        stored = files.read(self._outbox_path) if files.exists(self._outbox_path) else b""
         binding, reply = stored[:32], stored[32:]
         sealed = self._ledger.sealed(self.study_hash, request.attempt)
         if sealed is None or sealed.reply != hashlib.sha256(reply).digest():

@@ -253,18 +253,42 @@ def _evaluated(run: Path, evaluation: Evaluation) -> Iterable[str]:
 
 def _cohorts(arguments: argparse.Namespace) -> int:
     from medfed.seams import system_seams
-    from medfed.simulations.catalogue import describe_cohorts
+    from medfed.server.planning import load_task
+    from medfed.simulations.cohorts import COHORTS
 
-    rows = describe_cohorts(system_seams())
+    seams = system_seams()
+    rows = [
+        {
+            "name": name,
+            "purpose": load_task(seams.files, name).purpose,
+            "hospitals": info.hospitals,
+            "split_seeds": list(info.protocol_seeds),
+            "source": info.source,
+            "missing": _missing(name, seams),
+        }
+        for name, info in COHORTS.items()
+    ]
     if arguments.json:
-        say_json([row.to_json() for row in rows])
+        say_json(rows)
         return ExitStatus.HANDLED
-    for row in rows:
-        say(f"{row.name}: {row.purpose}")
-        say(f"  {row.hospitals} hospitals; split seeds of its protocol: {row.protocol_seeds[0]} to {row.protocol_seeds[-1]}")
-        say(f"  source and licence: {row.source}")
-        say(f"  here: {row.available}")
+    for row, info in zip(rows, COHORTS.values(), strict=True):
+        say(f"{row['name']}\n  {row['purpose']}\n  {row['hospitals']}")
+        say(f"  split seeds of its protocol: {info.protocol_seeds[0]} to {info.protocol_seeds[-1]}")
+        say(f"  source and licence: {row['source']}")
+        say(f"  {row['missing'] or 'ready: medfed-simulate run --cohort ' + str(row['name'])}")
     return ExitStatus.HANDLED
+
+
+def _missing(cohort: str, seams: Seams) -> str | None:
+    """Why a cohort cannot be loaded here; None if it can."""
+    from medfed.errors import MedfedError
+    from medfed.simulations.cohorts import COHORTS, load_cohort
+
+    try:
+        load_cohort(seams.files, cohort, COHORTS[cohort].protocol_seeds[0], None)
+    except MedfedError as error:
+        return str(error)
+    return None
 
 
 def _federation(arguments: argparse.Namespace) -> int:

@@ -75,10 +75,18 @@ class Cohort:
 
 @dataclass(frozen=True, slots=True)
 class CohortInfo:
-    """A row of the catalogue: how to load it, and the split seeds of its protocol."""
+    """A row of the catalogue: how to load it, the split seeds of its protocol, how many hospitals, source and licence."""
 
     load: Callable[[Files, int, int | None], Cohort]
     protocol_seeds: tuple[int, ...]
+    hospitals: str
+    source: str
+
+
+_BREAST_SOURCE = (
+    "Wolberg, Mangasarian, Street, Street 1995, UCI 10.24432/C5DW2B, CC BY 4.0, as bundled with scikit-learn"
+)
+_HEART_SOURCE = "Janosi, Steinbrunn, Pfisterer, Detrano 1988, UCI 10.24432/C52P4X, CC BY 4.0"
 
 
 def _breast_cancer(files: Files, seed: int, hospitals: int | None) -> Cohort:
@@ -109,7 +117,7 @@ def _breast_cancer(files: Files, seed: int, hospitals: int | None) -> Cohort:
             for i in range(count)
         ),
         f"80/20, stratified, random_state={seed}; patients dealt to {count} hospitals by the same seed",
-        "Wolberg, Mangasarian, Street, Street 1995, UCI 10.24432/C5DW2B, CC BY 4.0, as bundled with scikit-learn",
+        _BREAST_SOURCE,
         seed,
     )
 
@@ -130,7 +138,7 @@ def _heart_disease(files: Files, seed: int, hospitals: int | None) -> Cohort:
         3e-4,
         tuple(_heart_hospital(files, folder, name, seed) for name in _HEART_FILES),
         f"66/34 inside each hospital, stratified where both classes have more than two rows, random_state={seed}",
-        "Janosi, Steinbrunn, Pfisterer, Detrano 1988, UCI 10.24432/C52P4X, CC BY 4.0",
+        _HEART_SOURCE,
         seed,
     )
 
@@ -161,8 +169,12 @@ def _heart_hospital(files: Files, folder: Path, name: str, seed: int) -> Hospita
 
 
 COHORTS: dict[str, CohortInfo] = {
-    "breast-cancer": CohortInfo(_breast_cancer, (1, 2, 3, 4, 5)),
-    "heart-disease": CohortInfo(_heart_disease, tuple(range(43, 53))),
+    "breast-cancer": CohortInfo(
+        _breast_cancer, (1, 2, 3, 4, 5), "5 hospitals, or as many as --hospitals says, dealt by the seed", _BREAST_SOURCE
+    ),
+    "heart-disease": CohortInfo(
+        _heart_disease, tuple(range(43, 53)), "4 hospitals, where the patients really were", _HEART_SOURCE
+    ),
 }
 
 

@@ -23,7 +23,7 @@ from medfed.models import catalogue, parameters, tasks
 from medfed.models.records import Records
 from medfed.study import Study
 
-MULTIPLES = (1, 10, 100)
+MULTIPLES = (1, 10, 40)
 MOST_ROUNDS = 3000  # a longer training is not tried, unless the recipe itself is longer
 FOLDS = 5
 _EXPONENT = 32  # fixed-point steps of 2^-32: finer than the float32 of the gradient, wide enough for 2^31 in a sum
@@ -40,7 +40,7 @@ class Pooled:
 
 
 def lengths(study: Study) -> tuple[int, ...]:
-    """Rounds to choose from, ascending: the recipe's own, and 10 and 100 times as many (at most ``MOST_ROUNDS``)."""
+    """Rounds to choose from, ascending: the recipe's own, and 10 and 40 times as many (at most ``MOST_ROUNDS``)."""
     recipe = study.training.rounds
     return tuple(sorted({min(multiple * recipe, max(recipe, MOST_ROUNDS)) for multiple in MULTIPLES}))
 

@@ -77,7 +77,7 @@ def _how_measured(outcomes: Sequence[Outcome], result: Result) -> str:
     return (
         f"0.5 is guessing, 1 is perfect.{released} Split: {outcomes[0].cohort.split}. The model without privacy is the study's own recipe on the pooled training "
         f"patients, for {chosen} rounds: the length that cross-validation on the training patients liked best among the "
-        f"recipe's own, 10 and 100 times as many."
+        f"recipe's own, 10 and 40 times as many."
     )
 
 

@@ -154,8 +154,13 @@ def _cohort() -> Cohort:
 
     def table(hospital: int, patients: int) -> Table:
         rows = [
-            (f"{NAMES[hospital]}-p{patient}", str(30 + 7 * patient + record + hospital), f"{patient % 5}.{record}")
-            + (("yes", "no")[(patient + record) % 2], str((patient + hospital) % 2))
+            (
+                f"{NAMES[hospital]}-p{patient}",
+                str(30 + 7 * patient + record + hospital),
+                f"{patient % 5}.{record}",
+                ("yes", "no")[(patient + record) % 2],
+                str((patient + hospital) % 2),
+            )
             for patient in range(patients)
             for record in range(1 + patient % 3)
         ]

@@ -271,7 +271,9 @@ def test_released_model_is_the_mean_of_the_last_rounds(make_study: MakeStudy) ->
 
 
 def test_released_model_before_the_end_is_the_weights(make_study: MakeStudy) -> None:
-    state = advance(first_state(np.zeros(1, np.float32)), np.array([4]), make_study(), grid_exponent=2, nominal_patients=1)
+    state = advance(
+        first_state(np.zeros(1, np.float32)), np.array([4]), make_study(), grid_exponent=2, nominal_patients=1
+    )
     assert released_weights(state, make_study()).tobytes() == state.weights.astype(np.float32).tobytes()
 
 

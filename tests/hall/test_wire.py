@@ -130,7 +130,9 @@ def test_frame_of_round_request_is_laid_out_as_documented() -> None:
 
 
 def test_frame_of_upload_is_laid_out_as_documented() -> None:
-    body = b"MFW" + bytes([1, 17]) + h32 + h16 + struct.pack(">HII", 1, 5, 2) + h64 + struct.pack(">I", 12) + b"\xff" * 12
+    body = (
+        b"MFW" + bytes([1, 17]) + h32 + h16 + struct.pack(">HII", 1, 5, 2) + h64 + struct.pack(">I", 12) + b"\xff" * 12
+    )
     assert encode(EXAMPLES["upload"], IDENTITY)[:-64] == body
 
 

@@ -313,7 +313,18 @@ def test_importlib_loads_installed_names_only() -> None:
 
 # ----------------------------------------------------------------------------------------------------------- start-up
 
-HEAVY = ("torch", "flwr", "opacus", "dp_accounting", "numpy", "scipy", "sklearn", "matplotlib", "pydantic", "cryptography")
+HEAVY = (
+    "torch",
+    "flwr",
+    "opacus",
+    "dp_accounting",
+    "numpy",
+    "scipy",
+    "sklearn",
+    "matplotlib",
+    "pydantic",
+    "cryptography",
+)
 _PROGRAM = """
 import contextlib, io, json, sys
 from medfed.{room}.cli import main

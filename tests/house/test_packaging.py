@@ -120,7 +120,10 @@ def test_what_the_tests_need_is_pinned() -> None:
         for line in (ROOT / "constraints.txt").read_text().splitlines()
         if "==" in line
     }
-    wanted = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
+    wanted = [
+        *project["dependencies"],
+        *(name for extra in project["optional-dependencies"].values() for name in extra),
+    ]
     named = {text.split(";")[0].split(">")[0].split("=")[0].split("<")[0].strip().lower() for text in wanted}
     assert named - pinned == set()
     assert "setuptools" in named

@@ -146,9 +146,7 @@ numbers_out = st.integers(1_000_000, 9_999_999).map(lambda number: f"{number}.25
 @given(
     column=st.sampled_from(["age", "lactate", "ventilated", "ill"]), row=st.integers(0, 2), cell=secrets | numbers_out
 )
-def test_error_text_never_holds_a_value_or_a_patient(
-    column: str, row: int, cell: str, make_study: MakeStudy
-) -> None:
+def test_error_text_never_holds_a_value_or_a_patient(column: str, row: int, cell: str, make_study: MakeStudy) -> None:
     """Whatever stands in a cell, the error names its row and column and repeats nothing of it."""
     study = make_study({"data.features.1.outside": "refuse"})
     table = columns()

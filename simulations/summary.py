@@ -1,0 +1,91 @@
+"""A run's result on the terminal, for people: what happened, what it cost a patient, where it lies, what to try next."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+
+from medfed.simulations.outcome import Result
+from medfed.simulations.report import auc, epsilon_in_words, spread, stamp_lines
+from medfed.simulations.runs import Simulation
+
+_WIDEST = 110
+_FILES = {
+    "report.md": "all of this with plots",
+    "model.safetensors": "the trained model",
+    "privacy.json": "what is promised to a patient, and what is not",
+    "result.json": "the figures, for programs",
+    "study.toml": "the plan that every hospital approved",
+}
+
+
+def show_run(simulation: Simulation, *, has_study: bool) -> None:
+    """Print on standard output; wrapped to the terminal, plain where there is none."""
+    console = Console(file=sys.stdout, highlight=False, emoji=False, markup=False)
+    console.width = min(console.width, _WIDEST)
+    result = simulation.result
+    first = simulation.outcomes[0]
+    console.print()
+    console.print(
+        f"{result.hospitals} hospitals trained one model together without showing a patient to anybody: each clipped and "
+        f"{'noised' if result.epsilon is not None else 'did NOT noise'} its own gradients, debited its own ledger, and sent "
+        f"them under masks, so that the coordinator saw only the sum.",
+        soft_wrap=False,
+    )
+    console.print(_table(result, first.assignment.study.study.purpose))
+    for line in stamp_lines(result):
+        console.print(Padding(f"! {line}", (0, 0, 0, 2)))
+    console.print(f"\nFiles in {_short(simulation.folder)}")
+    for name, what in _FILES.items():
+        console.print(f"  {name:<18} {what}")
+    console.print("\nTry next")
+    for command, what in _next(simulation, has_study):
+        console.print(f"  {command}", soft_wrap=True)
+        console.print(f"      {what}")
+
+
+def _table(result: Result, purpose: str) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("", "")
+    table.add_row("task", purpose)
+    table.add_row("test AUC", f"{spread(result)}; 0.5 is guessing, 1 is perfect")
+    table.add_row("without privacy", f"{auc(result.pooled_auc)}, the same model on everybody's data in one place")
+    if result.test_accuracy is not None:
+        table.add_row("test accuracy", f"{result.test_accuracy:.3f}")
+    if result.epsilon is None:
+        table.add_row("epsilon", f"none. {epsilon_in_words(result)}")
+    else:
+        said = f"{result.epsilon:.4g} for each {result.unit}, mode {result.mode}. {epsilon_in_words(result)}"
+        table.add_row("epsilon", said)
+        spares = result.attempts_approved - result.rounds
+        table.add_row("", f"{result.epsilon_spent:.3g} of it was spent; the rest is kept for {spares} rounds that may be lost")
+    table.add_row("rounds", f"{result.rounds}, {result.seconds_per_round:.2f} s each, {result.upload_bytes_per_round:,} bytes a hospital")
+    return table
+
+
+def _next(simulation: Simulation, has_study: bool) -> list[tuple[str, str]]:
+    result = simulation.result
+    folder = _short(simulation.folder)
+    again = f"medfed-simulate run {'STUDY ' if has_study else ''}--cohort {result.cohort}"
+    steps = []
+    if simulation.outcomes[0].cohort.seed is not None:
+        steps.append((f"medfed-simulate evaluate {folder}", "score the saved model again, outside the federation"))
+    if result.epsilon is not None:
+        steps.append((f"{again} --epsilon none", "what privacy costs: the same without noise"))
+    if not has_study and result.mode == "local":
+        steps.append((f"{again} --epsilon 0.5 --mode distributed", "half the epsilon, with noise shared through the secure sum"))
+    steps.append(("medfed-simulate federation", "the same as processes of their own, over TLS on this machine"))
+    return steps
+
+
+def _short(folder: Path) -> str:
+    """As the reader would type it."""
+    near = os.path.relpath(folder.resolve())
+    return str(folder.resolve()) if near.startswith("..") else near
