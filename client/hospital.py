@@ -58,7 +58,8 @@ class Hospital:
         try:
             return part.answer(message)
         except Refuse as refusal:
-            log.info("refused %s: %s (%s)", type(message).__name__, refusal.reason.name, refusal.cause)
+            level = logging.WARNING if refusal.reason is Refused.INTERNAL else logging.INFO  # a fault of our own
+            log.log(level, "refused %s: %s (%s)", type(message).__name__, refusal.reason.name, refusal.cause)
             return self._refusal(message, refusal.reason, part.approved.position)
 
     def _refusal(self, message: Message, reason: Refused, position: int) -> bytes:

@@ -217,7 +217,9 @@ class Participation:
             try:
                 party.accept(offers)
             except ProtocolError as error:
-                raise Refuse(Refused.OFFERS_REFUSED, str(error)) from error
+                # our own offer is another: made by a process that is gone, so a new setup cures it
+                reason = Refused.NO_SESSION if error.code == 174 else Refused.OFFERS_REFUSED
+                raise Refuse(reason, str(error)) from error
             self._offers = offers
         elif offers != self._offers:
             raise Refuse(Refused.OFFERS_REFUSED, "the session's offers changed")

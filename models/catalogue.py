@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from medfed.models.tabular import logistic_regression, mlp
 from torch import nn
 
+from medfed.models.tabular import logistic_regression, mlp
 from medfed.study import Study
 
 _Constructor = Callable[[int, int, list[int]], nn.Module]

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from medfed.models.records import Records
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from medfed.models.records import Records
 from medfed.study import Task
 
 Losses = Callable[[Tensor, Tensor], Tensor]

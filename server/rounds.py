@@ -16,7 +16,7 @@ from medfed.errors import EnvironmentFault, PrivacyError, ProtocolError, RemoteP
 from medfed.identity import Identity, verify
 from medfed.privacy.plan import Plan
 from medfed.privacy.secagg.aggregator import Aggregator
-from medfed.privacy.secagg.protocol import AggregatorConfig
+from medfed.privacy.secagg.protocol import AggregatorConfig, parse_offer, split_offer
 from medfed.roster import Roster
 from medfed.seams import Seams
 from medfed.server.exchange import Exchange, Kind
@@ -53,6 +53,10 @@ class AttemptLost(Exception):
     """This attempt cannot complete; its event is spent."""
 
 
+class SessionLost(Exception):
+    """A hospital restarted during setup: the keys of its first offer are gone. Costs nothing."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Assignment:
     """All that one run is about."""
@@ -80,6 +84,7 @@ class Rounds:
     ) -> None:
         self._it = assignment
         self._study_hash = assignment.study.hash()
+        self._limit = max(state_size_bytes(assignment.plan.words), self._secagg_config().upload_bytes)
         self._exchange = exchange
         self._store = store
         self._clock = seams.clock
@@ -87,6 +92,7 @@ class Rounds:
         self._observe = observe
         self._aggregator: Aggregator | None = None
         self._session = b""
+        self._transfers: set[bytes] = set()
         loaded = store.load_checkpoint()
         self._checkpoint = loaded or Checkpoint(assignment.first, None, b"", (), 0, ())
 
@@ -120,25 +126,45 @@ class Rounds:
 
     def _ensure_session(self) -> None:
         """All hospitals' fresh key offers; waits for those that are away or have not approved yet."""
-        if self._aggregator is not None:
-            return
-        study = self._it.study
+        end = self._clock.monotonic() + self._it.study.deadlines.setup_s
+        while self._aggregator is None:
+            try:
+                self._aggregator = self._gather_offers(max(0.0, end - self._clock.monotonic()))
+            except SessionLost as lost:
+                log.warning("setup begins anew: %s", lost)
+
+    def _gather_offers(self, timeout_s: float) -> Aggregator:
+        """One session's setup. Raises ``SessionLost`` if a hospital restarted in it, MF-191 at the deadline."""
         self._session = self._entropy.draw("session", 16)
         aggregator = Aggregator(self._secagg_config())
         request = encode(SetupRequest(self._study_hash, self._session), self._it.identity)
-        mail = self._mail(request, Kind.QUERY, study.deadlines.setup_s)
+        mail = self._mail(request, Kind.QUERY, timeout_s)
         while not aggregator.offers_complete:
             waiting = aggregator.missing_offers
             self._observe(self._checkpoint, f"waiting for {self._names(waiting)}")
             for position, message, _ in mail.gather(waiting, f"{self._names(waiting)} did not join"):
                 if isinstance(message, OfferReply) and message.session == self._session:
-                    aggregator.add_offer(message.offer)
-                    highest = max(self._checkpoint.last_attempt, message.highest_attempt)
-                    self._checkpoint = replace(self._checkpoint, last_attempt=highest)
+                    self._take_offer(aggregator, mail, position, message)
                 elif isinstance(message, Refusal):
-                    log.info("%s: %s", self._name(position), Refused(message.reason).name)
+                    log.info("%s: %s", self._name(position), _reason(message).name)
                     mail.again(position, RETRY_S)
-        self._aggregator = aggregator
+        return aggregator
+
+    def _take_offer(self, aggregator: Aggregator, mail: Mail, position: int, reply: OfferReply) -> None:
+        """An offer that does not verify or is not the sender's own is an alarm, and asked for again."""
+        try:
+            body, _ = split_offer(reply.offer)
+            if parse_offer(body, self._secagg_config()).position != position:
+                raise RemoteProtocolError(111, "an offer in another hospital's name", "refused")
+            aggregator.add_offer(reply.offer)
+        except RemoteProtocolError as error:
+            if error.code == 183:
+                raise SessionLost(f"{self._name(position)} restarted") from error
+            log.error("ALARM: offer of %s refused: %s", self._name(position), error)
+            mail.again(position, RETRY_S)
+            return
+        highest = max(self._checkpoint.last_attempt, reply.highest_attempt)
+        self._checkpoint = replace(self._checkpoint, last_attempt=highest)
 
     def _secagg_config(self) -> AggregatorConfig:
         it = self._it
@@ -218,8 +244,8 @@ class Rounds:
                 if isinstance(message, Upload) and message.nonce == request.nonce:
                     self._take_upload(aggregator, position, message, attestations)
                     size = reply_bytes
-                elif isinstance(message, Refusal) and message.nonce == request.nonce:
-                    self._refused(position, Refused(message.reason))
+                elif isinstance(message, Refusal) and self._concerns(message, request.nonce):
+                    self._refused(position, _reason(message))
                 elif isinstance(message, StateAccepted):
                     mail.again(position, 0.0)
         self._advance(
@@ -237,7 +263,7 @@ class Rounds:
             aggregator.add_upload(upload.payload)
         except RemoteProtocolError as error:
             log.error("ALARM: upload of %s refused: %s", self._name(position), error)
-            if error.code != 183:
+            if error.code != 183 or position in aggregator.missing:  # one in quarantine will never be in the sum
                 raise AttemptLost(f"{self._name(position)}: upload refused") from error
             return
         attestations[position] = upload.attestation
@@ -253,15 +279,22 @@ class Rounds:
         else:
             raise AttemptLost(f"{name}: {reason.name}")
 
+    def _concerns(self, refusal: Refusal, nonce: bytes) -> bool:
+        """Whether it answers the open request, or says that the transferred state's signatures will never do."""
+        is_final = refusal.nonce in self._transfers and refusal.reason == Refused.SIGNATURES
+        return refusal.nonce == nonce or is_final
+
     def _transfer_state(self, position: int) -> None:
         """Bring a hospital back that lost its state: the last state that hospitals signed, then it advances itself."""
         previous = self._checkpoint.previous
         if previous is None:
             raise AttemptLost("there is no signed state to transfer")
+        nonce = self._entropy.draw("nonce", 16)
+        self._transfers.add(nonce)
         log.info("transferring the state after round %d to %s", previous.completed_rounds, self._name(position))
         transfer = StateTransfer(
             self._study_hash,
-            self._entropy.draw("nonce", 16),
+            nonce,
             previous.completed_rounds,
             state_bytes(previous),
             self._checkpoint.attestations,
@@ -304,7 +337,7 @@ class Rounds:
                 if isinstance(message, Finished) and message.nonce == nonce:
                     self._check_final(position, message, statement)
                     left.discard(position)
-                elif isinstance(message, Refusal) and message.nonce == nonce:
+                elif isinstance(message, Refusal) and self._concerns(message, nonce):
                     if message.reason != Refused.NEED_STATE:
                         raise RemoteProtocolError(
                             193, f"{self._name(position)} does not confirm the final model", "its own log says why"
@@ -325,12 +358,16 @@ class Rounds:
         envelope = Envelope(self._study_hash, self._it.roster.identities, self._limit)
         return Mail(self._exchange, self._clock, envelope, Outgoing(frame, kind, timeout_s), self._name)
 
-    @property
-    def _limit(self) -> int:
-        return state_size_bytes(self._it.plan.words)
-
     def _name(self, position: int) -> str:
         return self._it.roster.hospitals[position].hospital
 
     def _names(self, positions: frozenset[int]) -> str:
         return ", ".join(self._name(position) for position in sorted(positions))
+
+
+def _reason(refusal: Refusal) -> Refused:
+    """A reason that this version does not know is a fault at the hospital like any other."""
+    try:
+        return Refused(refusal.reason)
+    except ValueError:
+        return Refused.INTERNAL

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from medfed.seams import Seams
     from medfed.simulations.evaluation import Evaluation
     from medfed.simulations.rehearsal import Rehearsal
-    from medfed.simulations.runs import Simulation
     from medfed.study import Study
 
 DEFAULT_COHORT = "breast-cancer"
@@ -63,7 +62,9 @@ def _add_run(commands: argparse._SubParsersAction[Parser]) -> None:
     run.add_argument("--cohort", metavar="NAME", help=f"see medfed-simulate cohorts (default {DEFAULT_COHORT})")
     run.add_argument("--hospitals", type=_count, metavar="N", help="deal the patients to N hospitals")
     _add_epsilon(run, "none: add no noise, not private")
-    run.add_argument("--mode", choices=_MODES, help="whose noise counts: each hospital's own (local, the default) or all")
+    run.add_argument(
+        "--mode", choices=_MODES, help="whose noise counts: each hospital's own (local, the default) or all"
+    )
     run.add_argument(
         "--colluders", type=_count, metavar="C", help="hospitals that may conspire with the coordinator (default 1)"
     )
@@ -71,10 +72,15 @@ def _add_run(commands: argparse._SubParsersAction[Parser]) -> None:
     run.add_argument("--model", choices=("logistic-regression", "mlp"), help="instead of the task's")
     run.add_argument("--seed", type=_seed, metavar="S", help="split and all randomness repeat; not private")
     run.add_argument(
-        "--split-seeds", type=_seeds, metavar="SEEDS", help="random splits into training and test, such as 43-52 or 1,2,5"
+        "--split-seeds",
+        type=_seeds,
+        metavar="SEEDS",
+        help="random splits into training and test, such as 43-52 or 1,2,5",
     )
     run.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: a new one in runs)")
-    run.add_argument("--keep-parties", action="store_true", help="keep the folders of all hospitals and the coordinator")
+    run.add_argument(
+        "--keep-parties", action="store_true", help="keep the folders of all hospitals and the coordinator"
+    )
     _add_json(run)
     run.set_defaults(action=_run)
 
@@ -87,7 +93,9 @@ def _add_federation(commands: argparse._SubParsersAction[Parser]) -> None:
     federation.add_argument("--epsilon", type=_positive_epsilon, default=1.0, metavar="E", help="default 1")
     federation.add_argument("--mode", choices=_MODES, default="local", help="default %(default)s")
     federation.add_argument("--split-seed", type=_seed, metavar="S", help="default: the first of the cohort's protocol")
-    federation.add_argument("--out", type=Path, default=Path("runs/federation"), metavar="DIR", help="default %(default)s")
+    federation.add_argument(
+        "--out", type=Path, default=Path("runs/federation"), metavar="DIR", help="default %(default)s"
+    )
     _add_json(federation)
     federation.set_defaults(action=_federation)
 
@@ -150,6 +158,7 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 def _run(arguments: argparse.Namespace) -> int:
     from medfed.seams import system_seams
+    from medfed.simulations.quiet import quiet_parties
     from medfed.simulations.runs import simulate
     from medfed.study import load_study
 
@@ -157,20 +166,23 @@ def _run(arguments: argparse.Namespace) -> int:
     study = None if arguments.study is None else load_study(seams.files, arguments.study)
     plan = _plan(arguments) if study is None else _plan_of(study, arguments)
     cohort, hospitals = _cohort_for(study, arguments, seams)
-    simulation = simulate(
-        study,
-        cohort,
-        plan,
-        hospitals=hospitals,
-        split_seeds=arguments.split_seeds,
-        out=arguments.out,
-        keep_parties=arguments.keep_parties,
-        seams=seams,
-    )
+    with quiet_parties():
+        simulation = simulate(
+            study,
+            cohort,
+            plan,
+            hospitals=hospitals,
+            split_seeds=arguments.split_seeds,
+            out=arguments.out,
+            keep_parties=arguments.keep_parties,
+            seams=seams,
+        )
     if arguments.json:
         say_json(simulation.result.to_json())
     else:
-        _show(simulation, arguments)
+        from medfed.simulations.summary import show_run
+
+        show_run(simulation, has_study=study is not None)
     return ExitStatus.HANDLED
 
 
@@ -215,15 +227,10 @@ def _cohort_for(study: Study | None, arguments: argparse.Namespace, seams: Seams
     cohort = arguments.cohort or next(iter(fitting), None)
     if cohort is None:
         what = f"no public cohort has the study's label {study.task.label}"
-        raise ConfigError(203, what, "see medfed-simulate cohorts; medfed.simulations.simulate takes tables of your own")
+        raise ConfigError(
+            203, what, "see medfed-simulate cohorts; medfed.simulations.simulate takes tables of your own"
+        )
     return cohort, arguments.hospitals or study.cohort.hospitals
-
-
-def _show(simulation: Simulation, arguments: argparse.Namespace) -> None:
-    """The result for people: what happened, what it cost, where it lies, what to do next."""
-    from medfed.simulations.summary import show_run
-
-    show_run(simulation, has_study=arguments.study is not None)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

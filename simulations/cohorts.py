@@ -170,7 +170,10 @@ def _heart_hospital(files: Files, folder: Path, name: str, seed: int) -> Hospita
 
 COHORTS: dict[str, CohortInfo] = {
     "breast-cancer": CohortInfo(
-        _breast_cancer, (1, 2, 3, 4, 5), "5 hospitals, or as many as --hospitals says, dealt by the seed", _BREAST_SOURCE
+        _breast_cancer,
+        (1, 2, 3, 4, 5),
+        "5 hospitals, or as many as --hospitals says, dealt by the seed",
+        _BREAST_SOURCE,
     ),
     "heart-disease": CohortInfo(
         _heart_disease, tuple(range(43, 53)), "4 hospitals, where the patients really were", _HEART_SOURCE

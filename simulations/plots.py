@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _BLUE, _GRAY, _RED = "#1f5fa8", "#6b6b6b", "#b8432f"
 _WIDTH_IN = 6.4
 _NAMED_HOSPITALS = 40
+_LEAST_SPAN = 0.05
 
 
 def require_matplotlib() -> None:
@@ -30,7 +31,7 @@ def require_matplotlib() -> None:
 
 def metric_by_round(outcomes: Sequence[Outcome], result: Result) -> bytes:
     """PNG: test AUC after each round, mean and range over splits, against the pooled baseline."""
-    figure, axes = _canvas(3.6)
+    figure, axes = _canvas(4.0)
     # the last value is the released model; splits all have the same rounds
     curves = np.array([[np.nan if auc is None else auc for auc in one.auc_by_round] for one in outcomes])
     rounds = np.arange(1, curves.shape[1] + 1)
@@ -39,15 +40,19 @@ def metric_by_round(outcomes: Sequence[Outcome], result: Result) -> bytes:
         axes.fill_between(rounds, curves.min(0), curves.max(0), color=_BLUE, alpha=0.15, linewidth=0)
     average = curves.mean(0)
     label = f"federated, mean of {len(outcomes)} splits (band: lowest to highest)" if many else "federated"
-    axes.plot(rounds, average, color=_BLUE, linewidth=2, label=label)
-    axes.plot(rounds[-1:], average[-1:], "o", color=_BLUE, markersize=7, label="the released model")
+    axes.plot(rounds, average, color=_BLUE, linewidth=2, label=label, zorder=3)
+    axes.plot(rounds[-1:], average[-1:], "o", color=_BLUE, markersize=7, label="the released model", zorder=3)
     if result.pooled_auc is not None:
         text = "everybody's data in one place, no privacy"
         axes.axhline(result.pooled_auc, color=_GRAY, linewidth=1.5, linestyle=(0, (5, 3)), label=text)
+    low, high = axes.get_ylim()
+    if high - low < _LEAST_SPAN:  # or noise of the third decimal would fill the plot
+        middle = (low + high) / 2
+        axes.set_ylim(middle - _LEAST_SPAN / 2, min(middle + _LEAST_SPAN / 2, 1.005))
     axes.set_xlabel("round")
     axes.set_ylabel("AUC on test patients")
     _whole_numbers(axes)
-    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    _legend(figure)
     return _png(figure)
 
 
@@ -66,7 +71,9 @@ def epsilon_by_attempt(outcome: Outcome) -> bytes:
             linestyle=(0, (1, 2)),
             label=f"{approved - used} spare attempts, not needed",
         )
-    axes.axhline(costs[-1], color=_GRAY, linewidth=1.5, linestyle=(0, (5, 3)), label="approved by every hospital")
+    axes.axhline(
+        costs[-1], color=_GRAY, linewidth=1.5, linestyle=(0, (5, 3)), label="approved by every hospital in advance"
+    )
     axes.set_xlabel("attempt (one a round, unless a round is lost)")
     axes.set_ylabel(f"epsilon of a {outcome.assignment.study.privacy.unit}")
     axes.set_ylim(0, costs[-1] * 1.08)
@@ -83,15 +90,21 @@ def metric_by_hospital(outcomes: Sequence[Outcome], result: Result) -> bytes:
     for place, name in enumerate(names):
         known = [auc for one in outcomes if (auc := one.scores.hospitals[place].auc) is not None]
         if known:
-            axes.plot([min(known), max(known)], [place, place], color=_BLUE, alpha=0.35, linewidth=4)
+            axes.plot(
+                [min(known), max(known)], [place, place], color=_BLUE, alpha=0.35, linewidth=4, solid_capstyle="butt"
+            )
             axes.plot([float(np.mean(known))], [place], "o", color=_BLUE, markersize=7)
         else:
-            axes.text(0.02, place, "one class only: no AUC", color=_GRAY, fontsize=9, va="center", transform=_rows(axes))
+            axes.text(
+                0.02, place, "one class only: no AUC", color=_GRAY, fontsize=9, va="center", transform=_rows(axes)
+            )
         patients = mean([float(one.scores.hospitals[place].records) for one in outcomes]) or 0.0
         names[place] = f"{name} ({patients:.0f})"
     if result.test_auc is not None:
-        axes.axvline(result.test_auc, color=_GRAY, linewidth=1.5, linestyle=(0, (5, 3)), label="all test patients together")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=9)
+        axes.axvline(
+            result.test_auc, color=_GRAY, linewidth=1.5, linestyle=(0, (5, 3)), label="all test patients together"
+        )
+        _legend(figure)
     if len(names) <= _NAMED_HOSPITALS:
         axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
@@ -112,6 +125,11 @@ def _canvas(height_in: float) -> tuple[Figure, Axes]:
     axes.grid(axis="y", color="#e4e4e4")
     axes.set_axisbelow(True)
     return figure, axes
+
+
+def _legend(figure: Figure) -> None:
+    """Above the plot, where it hides nothing."""
+    figure.legend(loc="outside upper left", frameon=False, fontsize=9)
 
 
 def _whole_numbers(axes: Axes) -> None:

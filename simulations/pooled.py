@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from medfed.advance import ModelState, advance, first_state, released_weights
 from medfed.models import catalogue, parameters, tasks
 from medfed.models.records import Records
+from medfed.simulations.threads import one_torch_thread
 from medfed.study import Study
 
 MULTIPLES = (1, 10, 40)
@@ -57,9 +58,10 @@ def pooled_records(parts: Sequence[Records]) -> Records:
 def train_pooled(study: Study, first: NDArray[np.float32], records: Records) -> Pooled:
     """Train the baseline on ``records``, the pooled training patients, from first weights float32[d]."""
     rounds = lengths(study)
-    scores = _validate(study, first, records, rounds)
-    best = max(range(len(rounds)), key=lambda index: (_or_worst(scores[index]), index))
-    weights = _path(study, first, records, rounds[: best + 1])[-1]
+    with one_torch_thread():
+        scores = _validate(study, first, records, rounds)
+        best = max(range(len(rounds)), key=lambda index: (_or_worst(scores[index]), index))
+        weights = _path(study, first, records, rounds[: best + 1])[-1]
     return Pooled(weights, rounds[best], rounds, scores)
 
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from medfed.simulations.outcome import NO_NOISE, Outcome, Result, spent
+from medfed.simulations.outcome import NO_NOISE, SEEDED, SIMULATED, Outcome, Result, spent
 
 METRIC_PLOT = "metric_by_round.png"
 EPSILON_PLOT = "epsilon_by_attempt.png"
 HOSPITAL_PLOT = "metric_by_hospital.png"
 
 _STAMP_WORDS = {
-    "simulation": "simulation: all hospitals ran on this machine, on public or own data",
-    NO_NOISE: f"{NO_NOISE} was added, so no epsilon holds; it shows what privacy costs, and must not meet real patients",
+    SIMULATED: f"{SIMULATED}: all hospitals ran on this machine, on public patients or your own",
+    NO_NOISE: f"{NO_NOISE} was added, so no epsilon holds; it shows what privacy costs, never for real patients",
+    SEEDED: f"{SEEDED}: whoever knows the seed can take the noise away",
 }
 
 
 def stamp_lines(result: Result) -> list[str]:
     """What this run must not be mistaken for, one line each."""
-    return [_STAMP_WORDS.get(stamp, f"{stamp}: it repeats, so whoever knows the seed can undo the noise") for stamp in result.stamps]
+    return [_STAMP_WORDS[stamp] for stamp in result.stamps]
 
 
 def epsilon_in_words(result: Result) -> str:
@@ -48,36 +49,49 @@ def report(outcomes: Sequence[Outcome], result: Result) -> str:
     """The report in Markdown; its plots lie beside it."""
     first = outcomes[0]
     study = first.assignment.study
-    lines = [f"# {result.cohort}: {result.hospitals} hospitals, {result.rounds} rounds", "", study.study.purpose, ""]
-    lines += [f"> **{line}**" + ("  " if place + 1 < len(result.stamps) else "") for place, line in enumerate(stamp_lines(result))]
-    lines += ["", "## What was learned", "", *_learned(result), "", f"![AUC by round]({METRIC_PLOT})", ""]
-    lines += [_how_measured(outcomes, result), "", "## What it cost a patient", "", *_cost(first, result), ""]
-    lines += ["## Hospital by hospital", "", f"![AUC by hospital]({HOSPITAL_PLOT})", "", *_hospitals(outcomes, result)]
-    lines += ["", "## What moved", "", *_moved(result), "", "## Split by split", "", *_splits(outcomes)]
-    lines += ["", "## Where it comes from", "", f"Data: {first.cohort.source}.  ", f"Study: `study.toml`, SHA-256 `{study.hash().hex()}`.  "]
-    lines += [f"Versions: {', '.join(f'{name} {number}' for name, number in result.versions.items())}."]
-    return "\n".join(lines) + "\n"
+    numbers = ", ".join(f"{name} {number}" for name, number in result.versions.items())
+    sections = [
+        ("", [f"# {result.cohort}: {result.hospitals} hospitals, {result.rounds} rounds", "", study.study.purpose]),
+        ("", [f"> **{line}**  " for line in stamp_lines(result)]),
+        ("What was learned", [*_learned(result), "", f"![AUC by round]({METRIC_PLOT})", "", _measured(first, result)]),
+        ("What it cost a patient", _cost(first, result)),
+        ("Hospital by hospital", [f"![AUC by hospital]({HOSPITAL_PLOT})", "", *_hospitals(first, result)]),
+        ("What moved", [_moved(result)]),
+        ("Split by split", _splits(outcomes)),
+        (
+            "Where it comes from",
+            [
+                f"Data: {first.cohort.source}.  ",
+                f"Study: `study.toml`, SHA-256 `{study.hash().hex()}`.  ",
+                f"Versions: {numbers}.",
+            ],
+        ),
+    ]
+    lines = []
+    for head, body in sections:
+        lines += [f"## {head}", ""] * bool(head) + body + [""]
+    return "\n".join(lines)
 
 
 def _learned(result: Result) -> list[str]:
-    accuracy = "" if result.test_accuracy is None else f"accuracy {result.test_accuracy:.3f}"
+    accuracy = "" if result.test_accuracy is None else f"{result.test_accuracy:.3f}"
     return [
-        "| on test patients that no hospital trained on | AUC | |",
+        "| on test patients that no hospital trained on | AUC | accuracy |",
         "|-|-|-|",
         f"| this model, trained by the federation | {spread(result)} | {accuracy} |",
         f"| the same model on everybody's data in one place, without privacy | {auc(result.pooled_auc)} | |",
     ]
 
 
-def _how_measured(outcomes: Sequence[Outcome], result: Result) -> str:
+def _measured(first: Outcome, result: Result) -> str:
     lengths = sorted(set(result.pooled_rounds))
     chosen = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
-    averaged = outcomes[0].assignment.study.training.average_last_rounds
+    averaged = first.assignment.study.training.average_last_rounds
     released = f" The released model is the mean over the last {averaged} rounds." if averaged > 1 else ""
     return (
-        f"0.5 is guessing, 1 is perfect.{released} Split: {outcomes[0].cohort.split}. The model without privacy is the study's own recipe on the pooled training "
-        f"patients, for {chosen} rounds: the length that cross-validation on the training patients liked best among the "
-        f"recipe's own, 10 and 40 times as many."
+        f"0.5 is guessing, 1 is perfect.{released} Test patients: {first.cohort.split}. The model without privacy is the "
+        f"study's own recipe on the pooled training patients, for {chosen} rounds: the length that scored best in a "
+        f"cross-validation on the training patients, of the recipe's own and 10 and 40 times as many."
     )
 
 
@@ -92,31 +106,40 @@ def _cost(first: Outcome, result: Result) -> list[str]:
         "",
         f"![epsilon by attempt]({EPSILON_PLOT})",
         "",
-        f"The noise is calibrated for {result.rounds} rounds and {spare} spare attempts, and that is what hospitals approve; "
-        f"this run used {first.checkpoint.last_attempt} attempts, epsilon {spent(first):.4g}. Should the secure sum fail and every upload be seen "
-        f"unmasked, each hospital's own noise still gives epsilon {plan.own_epsilon:.4g}. `privacy.json` has the particulars.",
+        f"The noise is calibrated for {result.rounds} rounds and {spare} spare attempts, and that is what hospitals "
+        f"approve; this run used {first.checkpoint.last_attempt} attempts, epsilon {spent(first):.4g}. Should the secure "
+        f"sum fail and every upload be seen unmasked, each hospital's own noise still gives epsilon "
+        f"{plan.own_epsilon:.4g}. `privacy.json` has the particulars.",
     ]
     if len(result.seeds) > 1:
-        lines += ["", "Each split is a federation of its own with its own epsilon; `model.safetensors` is the first one's."]
+        lines += [
+            "",
+            "Each split is a federation of its own with its own epsilon; `model.safetensors` is the first one's.",
+        ]
     return lines
 
 
-def _hospitals(outcomes: Sequence[Outcome], result: Result) -> list[str]:
+def _hospitals(first: Outcome, result: Result) -> list[str]:
     lines = ["| hospital | training patients | test records | AUC |", "|-|-|-|-|"]
-    first = outcomes[0]
     for place, (name, area) in enumerate(result.per_hospital.items()):
         training = first.assignment.roster.hospitals[place].nominal_patients
         lines.append(f"| {name} | {training} | {first.scores.hospitals[place].records} | {auc(area)} |")
-    return [*lines, "", "Patients and records are the first split's, AUC is the mean over splits. In a real federation these figures never leave a hospital."]
+    note = (
+        "Patients and records are the first split's, AUC is the mean over splits. In a real federation these figures "
+        "never leave a hospital."
+    )
+    return [*lines, "", note]
 
 
-def _moved(result: Result) -> list[str]:
-    return [
-        f"Each hospital sent {result.upload_bytes_per_round:,} bytes a round: its noised sum under masks that cancel in the total. "
-        f"A round took {result.seconds_per_round:.3f} s, of which {result.overhead_s_per_round:.3f} s were not training; "
-        f"one whole federation, keys and approvals included, {result.seconds:.1f} s. "
-        f"It tolerates {result.colluders} hospital{'s' * (result.colluders > 1)} conspiring with the coordinator.",
-    ]
+def _moved(result: Result) -> str:
+    hospitals = "1 hospital conspires" if result.colluders == 1 else f"{result.colluders} hospitals conspire"
+    return (
+        f"Each hospital sent {result.upload_bytes_per_round:,} bytes a round: its "
+        f"{'own' if result.epsilon is None else 'noised'} sum under masks that cancel in the total. A round took "
+        f"{result.seconds_per_round:.3f} s, of which {result.overhead_s_per_round:.3f} s were not training; one whole "
+        f"federation, keys and approvals included, {result.seconds:.1f} s. The masks hold while at most {hospitals} "
+        f"with the coordinator."
+    )
 
 
 def _splits(outcomes: Sequence[Outcome]) -> list[str]:
@@ -124,6 +147,13 @@ def _splits(outcomes: Sequence[Outcome]) -> list[str]:
     for one in outcomes:
         accuracy = "" if one.scores.accuracy is None else f"{one.scores.accuracy:.3f}"
         seed = "given" if one.cohort.seed is None else str(one.cohort.seed)
-        cells = [seed, auc(one.scores.auc), auc(one.pooled_auc), accuracy, str(one.checkpoint.last_attempt), f"{one.seconds:.1f}"]
+        cells = [
+            seed,
+            auc(one.scores.auc),
+            auc(one.pooled_auc),
+            accuracy,
+            str(one.checkpoint.last_attempt),
+            f"{one.seconds:.1f}",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

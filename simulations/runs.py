@@ -7,6 +7,7 @@ federation, which only public test patients allow.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 import time
@@ -28,7 +29,10 @@ from medfed.simulations.cohorts import COHORTS, Cohort, load_cohort
 from medfed.simulations.outcome import Outcome, Result, make_outcome, summarize
 from medfed.simulations.rehearsal import Rehearsal, rehearse
 from medfed.simulations.run_folder import RESULT_NAME, new_run_folder
+from medfed.simulations.threads import one_torch_thread
 from medfed.study import Study
+
+log = logging.getLogger("medfed.simulations")
 
 MODEL_NAME = "model.safetensors"
 STUDY_NAME = "study.toml"
@@ -74,7 +78,7 @@ def simulate(
     plan = _decided(study, plan)
     cohorts = _cohorts(seams, data, hospitals, split_seeds, plan)
     place = RUNS / _run_id(cohorts[0], plan, seams) if out is None else out
-    with new_run_folder(place, seams) as folder:
+    with new_run_folder(place, seams) as folder, one_torch_thread():
         outcomes = _rehearse_all(folder / PARTIES, cohorts, plan, seams, study, keep_parties)
         result = summarize(outcomes, noise=plan.epsilon is not None, seeded=plan.seed is not None)
         _write(folder, outcomes, result, seams)
@@ -175,6 +179,9 @@ def _rehearse_all(
                 cohort, done.assignment, done.checkpoint, done.weights, done.history, done.train_seconds, done.seconds
             )
             outcomes.append(outcome)
+            if not sys.stderr.isatty():  # else the bar says it
+                split = f"split {number + 1} of {len(cohorts)}"
+                log.info("%s: %s done, test AUC %s", cohort.name, split, report.auc(outcome.scores.auc))
     return tuple(outcomes)
 
 
@@ -205,7 +212,9 @@ def _statement(first: Outcome, result: Result) -> dict[str, object]:
     """``privacy.json``, stamped; without noise it states no epsilon and holds against nobody."""
     stated = dict(privacy_statement(first.assignment, first.checkpoint))
     if result.epsilon is None:
-        nothing = dict.fromkeys(("epsilon", "epsilon_spent", "epsilon_own_noise_alone", "noise_multiplier", "excess_noise"))
+        nothing = dict.fromkeys(
+            ("epsilon", "epsilon_spent", "epsilon_own_noise_alone", "noise_multiplier", "excess_noise")
+        )
         stated |= nothing | {"mechanism": "Poisson sampling, per-patient clipping, no noise", "holds_against": "nobody"}
     return {"stamps": list(result.stamps), **stated}
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 
 from medfed.simulations.outcome import Result
@@ -31,15 +31,16 @@ def show_run(simulation: Simulation, *, has_study: bool) -> None:
     result = simulation.result
     first = simulation.outcomes[0]
     console.print()
+    for line in stamp_lines(result):
+        console.print(f"[{line}]")
+    console.print()
+    noise = "added noise to them" if result.epsilon is not None else "added NO noise to them"
     console.print(
-        f"{result.hospitals} hospitals trained one model together without showing a patient to anybody: each clipped and "
-        f"{'noised' if result.epsilon is not None else 'did NOT noise'} its own gradients, debited its own ledger, and sent "
-        f"them under masks, so that the coordinator saw only the sum.",
-        soft_wrap=False,
+        f"{result.hospitals} hospitals trained one model together without showing a patient to anybody: each clipped its "
+        f"patients' gradients, {noise}, debited its own ledger, and sent the sum under masks, so that the coordinator saw "
+        f"only the total of all."
     )
     console.print(_table(result, first.assignment.study.study.purpose))
-    for line in stamp_lines(result):
-        console.print(Padding(f"! {line}", (0, 0, 0, 2)))
     console.print(f"\nFiles in {_short(simulation.folder)}")
     for name, what in _FILES.items():
         console.print(f"  {name:<18} {what}")
@@ -65,27 +66,41 @@ def _table(result: Result, purpose: str) -> Table:
         said = f"{result.epsilon:.4g} for each {result.unit}, mode {result.mode}. {epsilon_in_words(result)}"
         table.add_row("epsilon", said)
         spares = result.attempts_approved - result.rounds
-        table.add_row("", f"{result.epsilon_spent:.3g} of it was spent; the rest is kept for {spares} rounds that may be lost")
-    table.add_row("rounds", f"{result.rounds}, {result.seconds_per_round:.2f} s each, {result.upload_bytes_per_round:,} bytes a hospital")
+        table.add_row(
+            "", f"{result.epsilon_spent:.3g} of it was spent; the rest is kept for {spares} rounds that may be lost"
+        )
+    traffic = f"each hospital sent {result.upload_bytes_per_round:,} bytes in each"
+    table.add_row("rounds", f"{result.rounds} of {result.seconds_per_round:.2f} s; {traffic}")
     return table
 
 
 def _next(simulation: Simulation, has_study: bool) -> list[tuple[str, str]]:
-    result = simulation.result
-    folder = _short(simulation.folder)
-    again = f"medfed-simulate run {'STUDY ' if has_study else ''}--cohort {result.cohort}"
+    """Commands to type, as this reader can type them, and what each is for."""
+    result, program = simulation.result, _program()
+    again = f"{program} run {'STUDY ' if has_study else ''}--cohort {result.cohort}"
     steps = []
     if simulation.outcomes[0].cohort.seed is not None:
-        steps.append((f"medfed-simulate evaluate {folder}", "score the saved model again, outside the federation"))
+        evaluate = f"{program} evaluate {_short(simulation.folder)}"
+        steps.append((evaluate, "score the saved model again, outside the federation"))
     if result.epsilon is not None:
         steps.append((f"{again} --epsilon none", "what privacy costs: the same without noise"))
+    elif not has_study:
+        steps.append((f"{again} --epsilon 1", "the same with noise that protects every patient"))
     if not has_study and result.mode == "local":
-        steps.append((f"{again} --epsilon 0.5 --mode distributed", "half the epsilon, with noise shared through the secure sum"))
-    steps.append(("medfed-simulate federation", "the same as processes of their own, over TLS on this machine"))
+        why = "half the epsilon, with noise shared through the secure sum"
+        steps.append((f"{again} --epsilon 0.5 --mode distributed", why))
+    steps.append((f"{program} federation", "the same as processes of their own, over TLS on this machine"))
     return steps
+
+
+def _program() -> str:
+    """The command's name if the shell finds it, else the path it was started by."""
+    name = "medfed-simulate"
+    started = Path(sys.argv[0])
+    return _short(started) if started.name == name and shutil.which(name) is None else name
 
 
 def _short(folder: Path) -> str:
     """As the reader would type it."""
-    near = os.path.relpath(folder.resolve())
-    return str(folder.resolve()) if near.startswith("..") else near
+    near = os.path.relpath(folder.absolute())
+    return str(folder.absolute()) if near.startswith("..") else near

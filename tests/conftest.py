@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -76,6 +78,7 @@ _STUDY = {
     "deadlines": {"setup_s": 120.0, "round_s": 60.0},
 }
 
+Changes = tuple[tuple[str, str], ...]
 StudyValues = dict[str, dict[str, object]]
 MakeStudy = Callable[..., Study]
 
@@ -171,29 +174,44 @@ def _cohort() -> Cohort:
     return Cohort("tiny", str(TASK_FILE), 1e-3, hospitals, "none", "made up")
 
 
-LayOut = Callable[[str], Path]
+LayOut = Callable[[Changes], Path]
 
 
 @pytest.fixture(scope="session")
-def lay_out_once(tmp_path_factory: pytest.TempPathFactory) -> LayOut:
+def quick_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in memory where the machine has one: a federation syncs to disk hundreds of times."""
+    memory = Path("/dev/shm")
+    if not (memory.is_dir() and os.access(memory, os.W_OK)):
+        yield tmp_path_factory.mktemp("quick")
+        return
+    with tempfile.TemporaryDirectory(prefix="medfed-test-", dir=memory) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def lay_out_once(quick_folder: Path) -> LayOut:
     """Four hospitals and a coordinator laid out, enrolled and approved by the code of the commands; made once, copy it.
 
-    The argument is put under the task's deadlines.
+    The argument: what is replaced in the task's file.
     """
     from medfed.simulations.rehearsal import Rehearsal, lay_out
 
-    made: dict[str, Path] = {}
+    made: dict[Changes, Path] = {}
 
-    def once(deadlines: str) -> Path:
-        if deadlines not in made:
-            folder = tmp_path_factory.mktemp("federation")
-            task = folder / "task.toml"
-            task.write_text(TASK_FILE.read_text().replace("[deadlines]\n", f"[deadlines]\n{deadlines}\n"))
+    def once(changes: Changes) -> Path:
+        if changes not in made:
+            text = TASK_FILE.read_text()
+            for old, new in changes:
+                assert old in text
+                text = text.replace(old, new)
+            folder = quick_folder / f"blank-{len(made)}"
+            folder.mkdir()
+            (folder / "task.toml").write_text(text)
             seams = Seams(FakeClock(), SystemNetwork(), SystemFiles(), SystemEntropy())
-            cohort = replace(_cohort(), task=str(task))
+            cohort = replace(_cohort(), task=str(folder / "task.toml"))
             lay_out(folder, cohort, Rehearsal(epsilon=8.0, mode="local", seed=1), seams)
-            made[deadlines] = folder
-        return made[deadlines]
+            made[changes] = folder
+        return made[changes]
 
     return once
 
@@ -277,17 +295,15 @@ MakeWorld = Callable[..., World]
 
 
 @pytest.fixture
-def make_world(lay_out_once: LayOut, tmp_path: Path, clock: FakeClock) -> Iterator[MakeWorld]:
-    """``make_world()``: a fresh copy of the laid-out federation under the fake clock; closed at the end."""
+def make_world(lay_out_once: LayOut, quick_folder: Path, clock: FakeClock) -> Iterator[MakeWorld]:
+    """``make_world()``: a fresh copy of the laid-out federation under the fake clock; closed and removed at the end."""
     with contextlib.ExitStack() as stack:
-        copies = 0
 
-        def make(deadlines: str = "") -> World:
-            nonlocal copies
-            copies += 1
-            folder = tmp_path / f"world-{copies}"
-            shutil.copytree(lay_out_once(deadlines), folder)
-            return World(folder, clock, stack)
+        def make(*changes: tuple[str, str]) -> World:
+            blank = lay_out_once(changes)
+            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=quick_folder))
+            shutil.copytree(blank, folder, dirs_exist_ok=True)
+            return World(Path(folder), clock, stack)
 
         yield make
 

@@ -583,6 +583,16 @@ def test_offers_that_do_not_verify_are_refused_before_the_debit(desk: Desk) -> N
     assert isinstance(desk.ask(0, desk.request()), Upload)
 
 
+def test_own_offer_of_an_earlier_process_asks_for_a_new_setup(desk: Desk) -> None:
+    """Restarted, then asked by a late copy of the same session's setup: its first offer's keys are gone."""
+    desk.world.start(0)
+    desk.ask(0, SetupRequest(desk.world.study_hash, desk.session))
+    with unchanged(desk.world):
+        refused(desk.ask(0, desk.request()), Refused.NO_SESSION)
+    desk.set_up()
+    assert isinstance(desk.ask(0, desk.request()), Upload)
+
+
 def test_offers_that_change_within_a_session_are_refused(desk: Desk) -> None:
     """A hospital that restarted has another key: the old session's pads must not be mixed with it."""
     desk.round()
@@ -906,7 +916,7 @@ def test_refusals_are_logged_for_this_hospital(desk: Desk, caplog: pytest.LogCap
 
 @pytest.mark.parametrize(("takes_s", "leaves_s"), [(0.0, 7.0), (3.0, 7.0), (6.9, 7.0), (9.5, 14.0), (20.0, 21.0)])
 def test_upload_leaves_on_a_slot_whatever_training_took(make_world, takes_s: float, leaves_s: float) -> None:
-    world = make_world("slot_s = 7.0")
+    world = make_world(("round_s = 60.0", "round_s = 60.0\nslot_s = 7.0"))
 
     def slow(key: bytes, sd: float, size: int) -> NDArray[np.int64]:
         world.clock.now_s += takes_s
@@ -927,7 +937,7 @@ def test_upload_without_slots_leaves_at_once(desk: Desk) -> None:
 
 def test_sealed_reply_is_on_disk_before_the_slot_is_waited_for(make_world) -> None:
     """A kill while waiting costs nothing: the reply is sealed already."""
-    world = make_world("slot_s = 7.0")
+    world = make_world(("round_s = 60.0", "round_s = 60.0\nslot_s = 7.0"))
     world.start_all()
     desk = Desk(world)
     desk.set_up()

@@ -240,7 +240,7 @@ def test_missing_file_and_syntax_are_named(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFault, match="MF-606"):
         load_study(FILES, tmp_path / "study.toml")
     (tmp_path / "study.toml").write_text("[study]\nname = \n")
-    with pytest.raises(ConfigError, match="MF-201 study.toml not accepted at 2:8"):
+    with pytest.raises(ConfigError, match=r"MF-201 study\.toml not accepted at 2:8"):
         load_study(FILES, tmp_path / "study.toml")
 
 
