@@ -8,27 +8,67 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional
 
 from medfed.models.records import Records
+from medfed.models.rowwise import sigmoid, softmax
 from medfed.study import Task
 
 Losses = Callable[[Tensor, Tensor], Tensor]
 
 
 def losses(task: Task) -> Losses:
-    """(logits float32[n, outputs], labels int64[n]) -> float32[n]: each record's own loss, separable by patient."""
-    weights = None if task.class_weights is None else torch.tensor(task.class_weights, dtype=torch.float32)
+    """(logits float[n, outputs], labels int64[n]) -> float[n]: each record's own loss, separable by patient.
+
+    Guarantee: the gradient by a record's logits is a function of that record alone, to the last bit.
+    """
+    weights = torch.tensor(task.class_weights or [1.0] * task.classes, dtype=torch.float64)
 
     def binary(logits: Tensor, labels: Tensor) -> Tensor:
-        loss = functional.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype), reduction="none")
-        return loss if weights is None else loss * weights.to(loss)[labels]
+        return _apply(_BinaryLoss, logits[:, 0], labels) * weights.to(logits)[labels]
 
     def multiclass(logits: Tensor, labels: Tensor) -> Tensor:
-        loss = functional.cross_entropy(logits, labels, reduction="none")
-        return loss if weights is None else loss * weights.to(loss)[labels]
+        return _apply(_MulticlassLoss, logits, labels) * weights.to(logits)[labels]
 
     return binary if task.kind == "binary" else multiclass
+
+
+def _apply(function: type[torch.autograd.Function], logits: Tensor, labels: Tensor) -> Tensor:
+    result: Tensor = function.apply(logits, labels)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _BinaryLoss(torch.autograd.Function):
+    """Cross-entropy of a logit; torch's own gradient may differ in the last place with a value's place in the batch."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits: Tensor, labels: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, labels)
+        return functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, labels = ctx.saved_tensors  # type: ignore[attr-defined]
+        chance = torch.from_numpy(sigmoid(logits.numpy(force=True))).to(logits)
+        return gradient * (chance - labels.to(logits.dtype)), None
+
+
+class _MulticlassLoss(torch.autograd.Function):
+    """Cross-entropy of logits [n, k]; see ``_BinaryLoss``."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits: Tensor, labels: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, labels)
+        return functional.cross_entropy(logits, labels, reduction="none")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, labels = ctx.saved_tensors  # type: ignore[attr-defined]
+        chances = torch.from_numpy(softmax(logits.numpy(force=True))).to(logits)
+        return gradient[:, None] * (chances - functional.one_hot(labels, logits.shape[1]).to(logits.dtype)), None
 
 
 def probabilities(model: nn.Module, task: Task, inputs: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -10,6 +10,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,8 +19,12 @@ from torch import Tensor, nn
 
 from medfed.errors import LocalProtocolError, UnsupportedModel
 
-# clipping to slightly less than C leaves room for the float error of the forward and backward pass, which may differ
-# in the last places when one record more or less changes the shape of a batch
+if TYPE_CHECKING:
+    from opacus.grad_sample import GradSampleModule
+
+# clipping to slightly less than C leaves room for the float error of norms, factors and of adding up the patients, which
+# may differ in the last places with one patient more. It is no room for a gradient that depends on the rest of the batch:
+# the model and loss must give each record the same bits in every batch (models/rowwise.py)
 CLIPPING_MARGIN = 1e-4
 _AGREEMENT = 1e-2
 _VALUES_AT_ONCE = 1 << 26
@@ -120,6 +125,7 @@ class _Recorder:
 
         # hooks record in training mode only
         self._model = copy.deepcopy(model).train()
+        _know_linear_layers(GradSampleModule, self._model)
         self._wrapped = GradSampleModule(self._model, batch_first=True, loss_reduction="sum", strict=False)
         self._weights = [(name, weight) for name, weight in self._model.named_parameters() if weight.requires_grad]
         self._constants = {name: value.clone() for name, value in self._model.named_buffers()}
@@ -157,6 +163,16 @@ class _Recorder:
         if bool((difference > _AGREEMENT * flat.abs().sum(0) + torch.finfo(flat.dtype).tiny).any()):
             raise UnsupportedModel(160, f"{name} mixes records or is used outside its layer", "use a plain layer")
         return flat
+
+
+def _know_linear_layers(wrapper: type[GradSampleModule], model: nn.Module) -> None:
+    """Tell Opacus that a kind of ``nn.Linear`` has its gradients: it looks a layer's exact type up.
+
+    A layer that only calls itself linear is found out when its samples do not add up to its gradient.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            wrapper.GRAD_SAMPLERS.setdefault(type(module), wrapper.GRAD_SAMPLERS[nn.Linear])
 
 
 def _expect_plain_inputs() -> None:
