@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medfed.advance import first_state
+from medfed.client.approved import Approved
 from medfed.client.ledger import Approval, ApprovalOutlook, Caps, Ledger
-from medfed.client.participation import Approved
 from medfed.client.site import Site
 from medfed.client.trainer import number_patients
 from medfed.errors import ConfigError, DataError, PrivacyError
@@ -115,8 +115,9 @@ def _check_claims(study: Study, plan: Plan, roster: Roster, position: int) -> No
             135, f"the study states epsilon {study.privacy.epsilon:g}, it is {plan.epsilon:.4f}", "ask for a true one"
         )
     nominal = roster.hospitals[position].nominal_patients
-    if study.privacy.delta * nominal > 1:
-        raise PrivacyError(131, f"delta {study.privacy.delta:g} exceeds 1 in {nominal} patients", "ask for less")
+    if study.privacy.delta * nominal > 0.1:
+        what = f"delta {study.privacy.delta:g} exceeds a tenth of 1 in {nominal} patients"
+        raise PrivacyError(131, what, "ask for a study with a smaller delta")
 
 
 def _unconfirmed(
@@ -198,6 +199,7 @@ def load_approved(site: Site, study_hash: bytes, ledger: Ledger) -> Approved:
     model_file = files.read(folder / MODEL_NAME)
     if parameters.file_hash(model_file) != study.model.first_model_sha256:
         raise PrivacyError(124, "the approved first model was changed on disk", "approve the study again")
+    site.config.policy.admit(study)  # it may have been tightened since
     model = catalogue.build(study)
     first = first_state(parameters.from_safetensors(model, model_file))
     records = site.read_records(study)
@@ -207,7 +209,8 @@ def load_approved(site: Site, study_hash: bytes, ledger: Ledger) -> Approved:
     return Approved(
         study=study,
         roster=roster,
-        position=_own_position(site, roster),
+        # by key: a renewed enrolment document holds for studies to come
+        position=roster.position_of(site.identity().public),
         plan=make_plan(study, parameters.count(model)),
         model=model,
         first=first,

@@ -14,6 +14,7 @@ from medfed.client.ledger import Ledger, StudyState
 from medfed.client.participation import Noise, Participation
 from medfed.client.setup import open_site
 from medfed.client.site import Site
+from medfed.client.startup_checks import check_outbox
 from medfed.client.trainer import warm_up
 from medfed.errors import ExitStatus, MedfedError, PrivacyError
 from medfed.privacy.noise import discrete_gaussian
@@ -23,11 +24,12 @@ log = logging.getLogger("medfed.client")
 
 
 @contextlib.contextmanager
-def open_hospital(site: Site, noise: Noise) -> Iterator[Hospital]:
+def open_hospital(site: Site, noise: Noise, stop: threading.Event | None = None) -> Iterator[Hospital]:
     """The hospital over its ledger, whose one-writer lock is held for the length of the block (MF-620 if taken).
 
     Loads every approved study: its pinned files, model and data are checked now, so that a fault stops the start and
-    not a round. Withdrawn studies are left out; closed ones only repeat their last word.
+    not a round. Withdrawn studies are left out; closed ones only repeat their last word. A ledger older than what this
+    hospital has sent is refused (MF-405).
     """
     identity = site.identity()
     with Ledger.open(site.seams.files, site.ledger_path, identity) as ledger:
@@ -35,15 +37,17 @@ def open_hospital(site: Site, noise: Noise) -> Iterator[Hospital]:
         for known in ledger.studies():
             if known.state is StudyState.WITHDRAWN:
                 continue
+            study = known.approval.study
+            check_outbox(site.seams.files, site.study_folder(study), study, identity.public, ledger)
             try:
-                approved = load_approved(site, known.approval.study, ledger)
+                approved = load_approved(site, study, ledger)
             except MedfedError as error:
                 if known.state is StudyState.OPEN:
                     raise
                 log.info("finished study %s is left out: %s", known.approval.name, error)
                 continue
             warm_up(approved.study, approved.model)
-            parts.append(Participation(approved, identity, ledger, caps_of(site), site.seams, noise))
+            parts.append(Participation(approved, identity, ledger, caps_of(site), site.seams, noise, stop))
         yield Hospital(identity, parts)
 
 
@@ -53,7 +57,7 @@ def run_hospital(config_path: Path, seams: Seams, stop: threading.Event, *, once
     from medfed.client.node import Node, NodeSettings
 
     site = open_site(seams, config_path)
-    with open_hospital(site, discrete_gaussian) as hospital:
+    with open_hospital(site, discrete_gaussian, stop) as hospital:
         if not hospital.studies:
             raise PrivacyError(
                 123, "this hospital has approved no study", "medfed-client approve study.toml --peers ..."

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Iterable
 
 from medfed.advance import state_size_bytes
-from medfed.client.participation import Participation, Refuse
+from medfed.client.participation import Participation
+from medfed.client.refusal import Refuse
 from medfed.errors import RemoteProtocolError
 from medfed.identity import Identity
 from medfed.wire import (

@@ -12,37 +12,25 @@ import contextlib
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
-from medfed.advance import (
-    ModelState,
-    advance,
-    parse_state,
-    released_weights,
-    state_bytes,
-    state_hash,
-    state_size_bytes,
-    task_hash,
-)
+from medfed.advance import task_hash
+from medfed.client.approved import Approved
 from medfed.client.ledger import AttemptState, Caps, Ledger, StudyState
-from medfed.client.trainer import Patients, gradient_sum
-from medfed.errors import BudgetExhausted, MedfedError, ProtocolError, RemoteProtocolError
-from medfed.identity import SIGNATURE_BYTES, Identity, verify
-from medfed.models import parameters, tasks
-from medfed.models.records import Records
-from medfed.privacy.plan import Plan
+from medfed.client.model_keeper import ModelKeeper
+from medfed.client.refusal import Refuse
+from medfed.client.trainer import gradient_sum
+from medfed.errors import BudgetExhausted, MedfedError, ProtocolError
+from medfed.identity import Identity
 from medfed.privacy.quantize import quantize
 from medfed.privacy.secagg.party import Party
 from medfed.privacy.secagg.protocol import SecaggConfig
-from medfed.roster import Roster
 from medfed.seams import Seams
-from medfed.study import Study
 from medfed.wire import (
     Finish,
     Finished,
@@ -56,7 +44,6 @@ from medfed.wire import (
     Upload,
     encode,
     expect,
-    state_statement,
 )
 
 log = logging.getLogger("medfed.client")
@@ -65,36 +52,20 @@ log = logging.getLogger("medfed.client")
 Noise = Callable[[bytes, float, int], NDArray[np.int64]]
 
 
-class Refuse(Exception):
-    """Answer this request with a reason from the fixed list; ``cause`` is for this hospital's own log."""
-
-    def __init__(self, reason: Refused, cause: str) -> None:
-        super().__init__(cause)
-        self.reason = reason
-        self.cause = cause
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Approved:
-    """What this hospital's people approved, checked again at start-up, and what it works on."""
-
-    study: Study
-    roster: Roster
-    position: int
-    plan: Plan
-    model: nn.Module
-    first: ModelState
-    patients: Patients
-    holdout: Records
-    folder: Path
-
-
 class Participation:
     """The state machine of one approved study. Not thread-safe: the node hands it one request at a time."""
 
     def __init__(
-        self, approved: Approved, identity: Identity, ledger: Ledger, caps: Caps, seams: Seams, noise: Noise
+        self,
+        approved: Approved,
+        identity: Identity,
+        ledger: Ledger,
+        caps: Caps,
+        seams: Seams,
+        noise: Noise,
+        stop: threading.Event | None = None,
     ) -> None:
+        """``stop``: ends a wait for a slot early; the reply is then not sent, but lies in the outbox."""
         self.approved = approved
         self.study_hash = approved.study.hash()
         self._identity = identity
@@ -102,15 +73,16 @@ class Participation:
         self._caps = caps
         self._seams = seams
         self._noise = noise
+        self._stop = stop
         self._session = b""
         self._offer_reply = b""
         self._party: Party | None = None
         self._offers: tuple[bytes, ...] | None = None
-        self._state = self._load_state()
+        self._keeper = ModelKeeper(approved, identity, seams.files, self._uploaded_in_round)
 
     @property
     def completed_rounds(self) -> int:
-        return self._state.completed_rounds
+        return self._keeper.state.completed_rounds
 
     @property
     def is_expired(self) -> bool:
@@ -180,17 +152,20 @@ class Participation:
         party = self._party
         if party is None or request.session != self._session:
             raise Refuse(Refused.NO_SESSION, "the keys of this session are not here")
-        self._catch_up(request.round, request.total, request.state_hash)
-        if self._state.completed_rounds >= self.approved.study.training.rounds:
+        if request.round >= self.approved.study.training.rounds:
             raise Refuse(Refused.OUT_OF_ORDER, "all rounds are done")
         self._accept_offers(party, request.offers)
+        self._catch_up(request.round, request.total, request.state_hash)
         self._reserve(request)
         try:
-            return self._train_and_seal(party, request)
-        except MedfedError as error:
+            reply = self._train_and_seal(party, request)
+        except Exception as error:  # whatever it was, the attempt is over and stays charged
+            # the class name only: the text of a library's exception may hold patients' data
+            cause = str(error) if isinstance(error, MedfedError) else type(error).__name__
             with contextlib.suppress(MedfedError):  # a ledger that cannot be written: the row stays, still charged
-                self._abandon(request.attempt, f"MF-{error.code}")
-            raise Refuse(Refused.INTERNAL, str(error)) from error
+                self._abandon(request.attempt, cause[:80])
+            raise Refuse(Refused.INTERNAL, cause) from error
+        return reply
 
     def _sealed_reply(self, request: RoundRequest) -> bytes | None:
         """The stored reply of this very request; refuses an attempt that was begun and lost."""
@@ -244,7 +219,7 @@ class Participation:
         clock, started = self._seams.clock, self._seams.clock.monotonic()
         vector = self._noised_vector()
         trained = clock.monotonic()
-        party.open_round(request.attempt, task_hash(self.study_hash, self._state))
+        party.open_round(request.attempt, task_hash(self.study_hash, self._keeper.state))
         vector_hash = hashlib.sha256(vector.astype("<i8").tobytes()).digest()
         masked = party.mask(vector)
         party.close_round()
@@ -255,7 +230,7 @@ class Participation:
                 self.approved.position,
                 request.attempt,
                 request.round,
-                self._attestation(),
+                self._keeper.attestation(),
                 masked.payload,
             ),
             self._identity,
@@ -274,7 +249,7 @@ class Participation:
         total = gradient_sum(
             approved.study,
             approved.model,
-            self._state.weights.astype(np.float32),
+            self._keeper.state.weights.astype(np.float32),
             approved.patients,
             sampling_key=entropy.draw("sampling", 64),
         )
@@ -286,7 +261,7 @@ class Participation:
         slot = self.approved.study.deadlines.slot_s
         if slot is not None:
             elapsed = self._seams.clock.monotonic() - started
-            self._seams.clock.sleep(slot - elapsed % slot)
+            self._seams.clock.sleep(slot - elapsed % slot, self._stop)
 
     def _abandon(self, attempt: int, reason: str) -> None:
         if self._party is not None:
@@ -295,77 +270,41 @@ class Participation:
 
     # --- the model state ---------------------------------------------------------------------------------------------
 
+    def _uploaded_in_round(self, number: int) -> bool:
+        """Whether the last attempt here was one of round ``number`` and left this hospital."""
+        attempt = self._ledger.highest_attempt(self.study_hash)
+        if self._ledger.attempt_status(self.study_hash, attempt) not in (AttemptState.RELEASED, AttemptState.ACKED):
+            return False
+        return self._ledger.charged_round(self.study_hash, attempt) == number
+
     def _catch_up(self, completed_rounds: int, total: bytes, named_hash: bytes) -> None:
-        """Bring the state to ``completed_rounds`` by this hospital's own arithmetic; it must get the hash named."""
-        state = self._state
-        if state.completed_rounds == completed_rounds - 1:
-            state = self._advanced(state, total)
-        elif state.completed_rounds < completed_rounds:
-            raise Refuse(Refused.NEED_STATE, f"here after round {state.completed_rounds}")
-        if state.completed_rounds != completed_rounds:
-            raise Refuse(Refused.OUT_OF_ORDER, f"this hospital is already after round {state.completed_rounds}")
-        if state_hash(self.study_hash, state) != named_hash:
-            raise Refuse(Refused.STATE_MISMATCH, "the state named is not the one computed here")
-        if state is not self._state:
-            self._keep(state)
+        if self._keeper.catch_up(completed_rounds, total, named_hash):
             self._acknowledge()
 
     def _acknowledge(self) -> None:
         """The released sum holds this hospital's last upload: the coordinator has it."""
         attempt = self._ledger.highest_attempt(self.study_hash)
-        if self._ledger.attempt_status(self.study_hash, attempt) is AttemptState.RELEASED:
+        if self._is_open and self._ledger.attempt_status(self.study_hash, attempt) is AttemptState.RELEASED:
             self._ledger.acknowledge(self.study_hash, attempt)
 
-    def _advanced(self, state: ModelState, total: bytes) -> ModelState:
-        study, plan = self.approved.study, self.approved.plan
-        try:
-            integers = plan.read_total(total)
-        except ProtocolError as error:
-            raise Refuse(Refused.STATE_MISMATCH, str(error)) from error
-        nominal = self.approved.roster.nominal_patients
-        return advance(state, integers, study, grid_exponent=plan.exponent, nominal_patients=nominal)
-
     def _take_state(self, request: StateTransfer) -> bytes:
-        """Accept a state only with the signatures of c + 1 hospitals: at least one of them is honest."""
-        try:
-            state = parse_state(request.state, self.approved.plan.words)
-            self._check_attestations(request, state)
-        except RemoteProtocolError as error:
-            raise Refuse(Refused.SIGNATURES, str(error)) from error
-        if state.completed_rounds < self._state.completed_rounds:
-            raise Refuse(Refused.OUT_OF_ORDER, "the state transferred lies behind this hospital's")
-        self._keep(state)
-        accepted = StateAccepted(self.study_hash, request.nonce, self.approved.position, state.completed_rounds)
+        self._keeper.take(request)
+        accepted = StateAccepted(self.study_hash, request.nonce, self.approved.position, self.completed_rounds)
         return encode(accepted, self._identity)
-
-    def _check_attestations(self, request: StateTransfer, state: ModelState) -> None:
-        needed = self.approved.study.cohort.colluders + 1
-        statement = state_statement(self.study_hash, state.completed_rounds, state_hash(self.study_hash, state))
-        signers: set[int] = set()
-        for item in request.attestations:
-            position, signature = int.from_bytes(item[:2], "big"), item[2:]
-            if position >= len(self.approved.roster.identities):
-                raise RemoteProtocolError(111, "a signer of the state is not in the roster", "refused")
-            verify(self.approved.roster.identities[position], signature, statement)
-            signers.add(position)
-        if len(signers) < needed or state.completed_rounds != request.round:
-            raise RemoteProtocolError(155, f"{len(signers)} of {needed} signatures over the state", "refused")
-
-    def _attestation(self) -> bytes:
-        digest = state_hash(self.study_hash, self._state)
-        return self._identity.sign(state_statement(self.study_hash, self._state.completed_rounds, digest))
 
     def _finish(self, request: Finish) -> bytes:
         """The last sum: compute, keep, score and sign the final model; the study is closed and its spares are freed."""
+        if request.round != self.approved.study.training.rounds:
+            raise Refuse(Refused.OUT_OF_ORDER, "a study ends after its last round")
         self._catch_up(request.round, request.total, request.state_hash)
-        if self._state.completed_rounds != self.approved.study.training.rounds:
-            raise Refuse(Refused.OUT_OF_ORDER, "rounds are left")
-        self._write_model()
+        self._keeper.write_model()
         if self._is_open:
             self._ledger.close_study(self.study_hash, "all rounds done")
             log.info("%s is done; the model is in %s", self.approved.study.study.name, self.approved.folder)
         self._end_session()
-        reply = Finished(self.study_hash, request.nonce, self.approved.position, request.round, self._attestation())
+        reply = Finished(
+            self.study_hash, request.nonce, self.approved.position, request.round, self._keeper.attestation()
+        )
         return encode(reply, self._identity)
 
     # --- disk --------------------------------------------------------------------------------------------------------
@@ -374,48 +313,17 @@ class Participation:
     def _outbox_path(self) -> Path:
         return self.approved.folder / "outbox.bin"
 
-    @property
-    def _state_path(self) -> Path:
-        return self.approved.folder / "state.bin"
-
-    def _keep(self, state: ModelState) -> None:
-        """Write the state with this hospital's signature, then use it."""
-        previous, self._state = self._state, state
-        try:
-            self._seams.files.write(self._state_path, state_bytes(state) + self._attestation())
-        except MedfedError:
-            self._state = previous
-            raise
-
-    def _load_state(self) -> ModelState:
-        """The state this hospital signed last; without a file, the approved first model."""
-        if not self._seams.files.exists(self._state_path):
-            return self.approved.first
-        words = self.approved.plan.words
-        data = self._seams.files.read(self._state_path, limit_bytes=state_size_bytes(words) + SIGNATURE_BYTES)
-        state = parse_state(data[:-SIGNATURE_BYTES], words)
-        statement = state_statement(self.study_hash, state.completed_rounds, state_hash(self.study_hash, state))
-        verify(self._identity.public, data[-SIGNATURE_BYTES:], statement)
-        return state
-
-    def _write_model(self) -> None:
-        approved, files = self.approved, self._seams.files
-        flat = released_weights(self._state, approved.study)
-        files.write(approved.folder / "model.safetensors", parameters.to_safetensors(approved.model, flat))
-        parameters.assign(approved.model, flat)
-        if len(approved.holdout.labels):
-            scores = tasks.evaluate(approved.model, approved.study.task, approved.holdout)
-            report = {"evaluation": "own holdout, never sent", **scores}
-            files.write(approved.folder / "evaluation.json", json.dumps(report, indent=1).encode(), private=True)
-
     def _note(self, request: RoundRequest, train_s: float, total_s: float) -> None:
-        """One line for this hospital's own eyes."""
+        """One line for this hospital's own eyes; the vector is sealed, so nothing may fail here any more."""
         line = {"attempt": request.attempt, "round": request.round + 1, "train_s": train_s, "total_s": total_s}
-        self._seams.files.append(self.approved.folder / "rounds.jsonl", json.dumps(line).encode() + b"\n")
+        try:
+            self._seams.files.append(self.approved.folder / "rounds.jsonl", json.dumps(line).encode() + b"\n")
+        except MedfedError as error:
+            log.warning("the round's note was not written: %s", error)
 
 
 def _binding(request: RoundRequest) -> bytes:
-    """What a stored reply answers: every field of the request but its signature."""
+    """What a stored reply answers: every field of the request but the sum, which the state's hash stands for."""
     parts = (request.session, request.nonce, request.state_hash, *request.offers)
     numbers = request.attempt.to_bytes(4, "big") + request.round.to_bytes(4, "big")
     return hashlib.sha256(numbers + b"".join(hashlib.sha256(part).digest() for part in parts)).digest()

@@ -132,6 +132,7 @@ class Rounds:
                 self._aggregator = self._gather_offers(max(0.0, end - self._clock.monotonic()))
             except SessionLost as lost:
                 log.warning("setup begins anew: %s", lost)
+                self._clock.sleep(RETRY_S)
 
     def _gather_offers(self, timeout_s: float) -> Aggregator:
         """One session's setup. Raises ``SessionLost`` if a hospital restarted in it, MF-191 at the deadline."""
@@ -163,6 +164,12 @@ class Rounds:
             log.error("ALARM: offer of %s refused: %s", self._name(position), error)
             mail.again(position, RETRY_S)
             return
+        if reply.highest_attempt > self._it.study.training.attempts:
+            raise PrivacyError(
+                192,
+                f"{self._name(position)} claims to have used attempt {reply.highest_attempt}",
+                "ask it what runs there",
+            )
         highest = max(self._checkpoint.last_attempt, reply.highest_attempt)
         self._checkpoint = replace(self._checkpoint, last_attempt=highest)
 

@@ -23,7 +23,7 @@ from medfed.client.ledger.accounts import (
     require_study_fits,
     snapshot_digest,
 )
-from medfed.client.ledger.entries import HASH_BYTES, AttemptState, Entry, Head, Kind, SealedBody
+from medfed.client.ledger.entries import HASH_BYTES, AttemptState, Entry, Head, Kind, ReservedBody, SealedBody
 from medfed.client.ledger.rows import approved_study, contents
 from medfed.client.ledger.store import Store
 from medfed.errors import DataError, LocalProtocolError, PrivacyError
@@ -63,7 +63,10 @@ class LedgerView:
 
     @staticmethod
     def inspect(files: Files, path: Path, identity: Identity) -> LedgerView:
-        """Open for looking only, beside a running hospital: no lock, and SQLite refuses every write."""
+        """Open for looking only, beside a running hospital: no lock, and SQLite refuses every write.
+
+        The hospital is held up for the length of one read at most; checks walk a copy in memory.
+        """
         with contextlib.ExitStack() as stack:
             connection = files.database(path, create=False)
             stack.callback(connection.close)
@@ -86,6 +89,11 @@ class LedgerView:
         """How far an attempt came; None if it was never charged."""
         rows = self._store.select("WHERE study = ? AND attempt = ? ORDER BY seq DESC LIMIT 1", (study, attempt))
         return AttemptState(rows[0].kind.value) if rows and attempt else None
+
+    def charged_round(self, study: bytes, attempt: int) -> int | None:
+        """The round = 1, 2, ... that an attempt was charged for; None if it never was."""
+        rows = self._store.select("WHERE study = ? AND attempt = ? AND kind = 'RESERVED'", (study, attempt))
+        return rows[0].read(ReservedBody).round if rows else None
 
     def sealed(self, study: bytes, attempt: int) -> Sealed | None:
         """What an attempt was sealed with: a reply in the outbox must match it to be sent (again)."""

@@ -179,6 +179,36 @@ def test_private_folder_is_closed_to_others(tmp_path: Path) -> None:
     FILES.make_folder(tmp_path / "a" / "b", private=True)
 
 
+def test_private_folder_that_was_there_is_closed_to_others(tmp_path: Path) -> None:
+    for mode in (0o755, 0o777, 0o750, 0o701):
+        tmp_path.chmod(mode)
+        FILES.make_folder(tmp_path, private=True)
+        assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o700
+
+
+def test_folder_that_many_share_is_neither_closed_nor_used(tmp_path: Path) -> None:
+    tmp_path.chmod(0o1777)
+    with refused(204):
+        FILES.make_folder(tmp_path, private=True)
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o1777
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022])
+def test_database_and_lock_are_not_readable_by_others(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with (
+            FILES.lock(tmp_path / "lock"),
+            contextlib.closing(FILES.database(tmp_path / "db", create=True)) as database,
+        ):
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("CREATE TABLE x (y)")
+            modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    finally:
+        os.umask(before)
+    assert modes == dict.fromkeys(["lock", "db", "db-journal"], 0o600)
+
+
 # ---------------------------------------------------------------------------------------------------- faults by name
 
 
@@ -232,7 +262,7 @@ def test_removing_what_is_gone_is_fine(tmp_path: Path) -> None:
 
 def test_message_of_a_fault_names_the_file_and_not_its_contents(tmp_path: Path) -> None:
     path = tmp_path / "patients.csv"
-    path.write_bytes(b"Mrs Example, 1950")
+    path.write_bytes(b"a line of a record")
     with pytest.raises(EnvironmentFault) as caught:
         FILES.read(path, limit_bytes=3)
     assert "patients.csv" in str(caught.value)

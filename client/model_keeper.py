@@ -1,0 +1,152 @@
+"""The model state of one study at one hospital: how it may change, where it lies, what this hospital signs of it.
+
+A state changes in two ways only. This hospital advances it by a released sum that holds an upload of its own, so that
+whoever invents sums has to spend an attempt for each; or it takes a later state that c + 1 hospitals signed, each of which
+got there the first way or the second, so that one honest hospital spent an attempt on every round.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from medfed.advance import (
+    ModelState,
+    advance,
+    parse_state,
+    released_weights,
+    state_bytes,
+    state_hash,
+    state_size_bytes,
+)
+from medfed.client.approved import Approved
+from medfed.client.refusal import Refuse
+from medfed.errors import MedfedError, ProtocolError, RemoteProtocolError
+from medfed.identity import SIGNATURE_BYTES, Identity, verify
+from medfed.models import parameters, tasks
+from medfed.seams import Files
+from medfed.wire import Refused, StateTransfer, state_statement
+
+log = logging.getLogger("medfed.client")
+
+
+class ModelKeeper:
+    """Holds the state of one approved study; every change is on disk before it is used."""
+
+    def __init__(
+        self, approved: Approved, identity: Identity, files: Files, uploaded_in_round: Callable[[int], bool]
+    ) -> None:
+        """``uploaded_in_round(r)``: whether this hospital's last upload was one of round r = 1, 2, ..."""
+        self._approved = approved
+        self._study_hash = approved.study.hash()
+        self._identity = identity
+        self._files = files
+        self._uploaded_in_round = uploaded_in_round
+        self.state = self._load()
+
+    @property
+    def is_final(self) -> bool:
+        return self.state.completed_rounds >= self._approved.study.training.rounds
+
+    def attestation(self) -> bytes:
+        """This hospital's signature over its state."""
+        return self._sign(self.state)
+
+    def _sign(self, state: ModelState) -> bytes:
+        return self._identity.sign(self._statement(state))
+
+    def _statement(self, state: ModelState) -> bytes:
+        return state_statement(self._study_hash, state.completed_rounds, state_hash(self._study_hash, state))
+
+    def catch_up(self, completed_rounds: int, total: bytes, named_hash: bytes) -> bool:
+        """Bring the state to ``completed_rounds`` by this hospital's own arithmetic; it must get the hash named.
+
+        Returns whether it changed. Raises ``Refuse``; the state is then as before.
+        """
+        state = self.state
+        if state.completed_rounds == completed_rounds - 1 and self._uploaded_in_round(completed_rounds):
+            state = self._advanced(state, total)
+        elif state.completed_rounds < completed_rounds:
+            raise Refuse(Refused.NEED_STATE, f"here after round {state.completed_rounds}")
+        if state.completed_rounds != completed_rounds:
+            raise Refuse(Refused.OUT_OF_ORDER, f"this hospital is already after round {state.completed_rounds}")
+        if state_hash(self._study_hash, state) != named_hash:
+            raise Refuse(Refused.STATE_MISMATCH, "the state named is not the one computed here")
+        changed = state is not self.state
+        if changed:
+            self._keep(state)
+        return changed
+
+    def _advanced(self, state: ModelState, total: bytes) -> ModelState:
+        study, plan = self._approved.study, self._approved.plan
+        try:
+            integers = plan.read_total(total)
+        except ProtocolError as error:
+            raise Refuse(Refused.STATE_MISMATCH, str(error)) from error
+        nominal = self._approved.roster.nominal_patients
+        return advance(state, integers, study, grid_exponent=plan.exponent, nominal_patients=nominal)
+
+    def take(self, request: StateTransfer) -> None:
+        """Accept a later state only with the signatures of c + 1 hospitals: at least one of them is honest."""
+        try:
+            state = parse_state(request.state, self._approved.plan.words)
+            self._check_attestations(request, state)
+        except RemoteProtocolError as error:
+            raise Refuse(Refused.SIGNATURES, str(error)) from error
+        if not self.state.completed_rounds < state.completed_rounds <= self._approved.study.training.rounds:
+            raise Refuse(Refused.OUT_OF_ORDER, f"a state of round {state.completed_rounds} is not wanted here")
+        self._keep(state)
+
+    def _check_attestations(self, request: StateTransfer, state: ModelState) -> None:
+        needed = self._approved.study.cohort.colluders + 1
+        statement = self._statement(state)
+        signers: set[int] = set()
+        for item in request.attestations:
+            position, signature = int.from_bytes(item[:2], "big"), item[2:]
+            if position >= len(self._approved.roster.identities):
+                raise RemoteProtocolError(111, "a signer of the state is not in the roster", "refused")
+            verify(self._approved.roster.identities[position], signature, statement)
+            signers.add(position)
+        if len(signers) < needed or state.completed_rounds != request.round:
+            raise RemoteProtocolError(155, f"{len(signers)} of {needed} signatures over the state", "refused")
+
+    # --- disk --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _path(self) -> Path:
+        return self._approved.folder / "state.bin"
+
+    def _keep(self, state: ModelState) -> None:
+        """Write the state with this hospital's signature, then use it."""
+        self._files.write(self._path, state_bytes(state) + self._sign(state))
+        self.state = state
+
+    def _load(self) -> ModelState:
+        """The state this hospital signed last; without a usable file, the approved first model.
+
+        From there a hospital comes back by a transfer with signatures: a torn file costs nothing.
+        """
+        if not self._files.exists(self._path):
+            return self._approved.first
+        words = self._approved.plan.words
+        try:
+            data = self._files.read(self._path, limit_bytes=state_size_bytes(words) + SIGNATURE_BYTES)
+            state = parse_state(data[:-SIGNATURE_BYTES], words)
+            verify(self._identity.public, data[-SIGNATURE_BYTES:], self._statement(state))
+        except MedfedError as error:
+            log.warning("the model state on disk is not usable and will be asked for again: %s", error)
+            return self._approved.first
+        return state
+
+    def write_model(self) -> None:
+        """The final model for use on site, and its scores on this hospital's own held-out patients, never sent."""
+        approved = self._approved
+        flat = released_weights(self.state, approved.study)
+        self._files.write(approved.folder / "model.safetensors", parameters.to_safetensors(approved.model, flat))
+        parameters.assign(approved.model, flat)
+        if len(approved.holdout.labels):
+            scores = tasks.evaluate(approved.model, approved.study.task, approved.holdout)
+            report = {"evaluation": "own holdout, never sent", **scores}
+            self._files.write(approved.folder / "evaluation.json", json.dumps(report, indent=1).encode(), private=True)
