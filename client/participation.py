@@ -162,6 +162,7 @@ class Participation:
         except Exception as error:  # whatever it was, the attempt is over and stays charged
             # the class name only: the text of a library's exception may hold patients' data
             cause = str(error) if isinstance(error, MedfedError) else type(error).__name__
+            log.debug("attempt %d failed", request.attempt, exc_info=True)  # with --debug only
             with contextlib.suppress(MedfedError):  # a ledger that cannot be written: the row stays, still charged
                 self._abandon(request.attempt, cause[:80])
             raise Refuse(Refused.INTERNAL, cause) from error

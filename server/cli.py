@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from medfed.command import Parser, new_parser, refuse_rehearsal_options, report, run_command, say, say_lines
 from medfed.display import shown
 from medfed.errors import ConfigError, ExitStatus
+from medfed.process import keep_secrets
 
 if TYPE_CHECKING:
     from medfed.roster import Roster
@@ -23,6 +24,7 @@ CONFIG = Path("server.toml")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
+    keep_secrets()
     return run_command(build_parser(), argv, refuse_rehearsal_options)
 
 

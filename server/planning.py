@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from medfed.display import shown
 from medfed.errors import ConfigError, PrivacyError
@@ -126,7 +126,7 @@ def plan_study(task: TaskFile, decisions: Decisions, roster: Roster) -> tuple[St
             ),
             deadlines=task.deadlines,
         )
-    except ValueError as error:
+    except ValidationError as error:
         raise ConfigError(
             203, f"these decisions make no study: {_first_line(error)}", "see medfed-server study new -h"
         ) from error
@@ -145,6 +145,7 @@ def _range(task: TaskFile, largest_hospital: int) -> float:
     return 2.0 ** math.ceil(math.log2(min(largest_hospital * task.clipping_norm, expected + spread)))
 
 
-def _first_line(error: ValueError) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[1:3]) if len(lines) > 2 else str(error)
+def _first_line(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}"

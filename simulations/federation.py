@@ -26,6 +26,7 @@ from medfed.server.setup import load_office
 from medfed.server.store import Store
 from medfed.simulations.cohorts import Cohort, load_cohort
 from medfed.simulations.rehearsal import Ports, Rehearsal, lay_out, slowest_training
+from medfed.simulations.run_folder import RESULT_NAME, new_run_folder
 
 log = logging.getLogger("medfed.simulations")
 
@@ -146,19 +147,25 @@ def federate(folder: Path, cohort: Cohort, plan: Rehearsal, seams: Seams) -> dic
     return federation_result(cohort, assignment, checkpoint, training, seconds, run)
 
 
+RESULTS = ("model.safetensors", "study.toml", "privacy.json", "report.md")
+
+
 def run_federation(arguments: argparse.Namespace) -> int:
     """``medfed-simulate federation``: an earlier run's folder is replaced only once this one has worked."""
     seams = system_seams()
     out = Path(arguments.out)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    seams.files.make_folder(partial)
     cohort = load_cohort(seams.files, arguments.cohort, seed=arguments.split_seed, hospitals=None)
     plan = Rehearsal(epsilon=arguments.epsilon, mode=arguments.mode)
-    result = federate(partial.resolve(), cohort, plan, seams)
-    seams.files.write(partial / "result.json", json.dumps(result, indent=1).encode())
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+    with new_run_folder(out, seams) as folder:
+        try:
+            result = federate(folder, cohort, plan, seams)
+        except BaseException:
+            _keep_logs(folder, out)
+            raise
+        for name in RESULTS:
+            (run,) = (folder / "coordinator" / "runs").iterdir()
+            seams.files.write(folder / name, seams.files.read(run / name))
+        seams.files.write(folder / RESULT_NAME, json.dumps(result, indent=1).encode())
     if arguments.json:
         say_json(result)
     else:
@@ -166,12 +173,21 @@ def run_federation(arguments: argparse.Namespace) -> int:
     return ExitStatus.HANDLED
 
 
+def _keep_logs(folder: Path, out: Path) -> None:
+    """The parties' logs of a run that failed, beside the place of its result."""
+    if (folder / "logs").is_dir():
+        kept = out.resolve().with_name(f"{out.name}-failed-logs")
+        shutil.copytree(folder / "logs", kept, dirs_exist_ok=True)
+        log.warning("the parties' logs are in %s", kept)
+
+
 def _summary(result: dict[str, object], out: Path) -> None:
     say(
         f"{result['hospitals']} hospitals and a coordinator, each a process of its own, trained over TLS on this machine:\n"
         f"  {result['rounds']} rounds, {result['seconds_per_round']} s each, of which {result['overhead_s_per_round']} s "
         f"are not training\n"
-        f"  test AUC {result['test_auc']} (everybody's data in one place, no privacy: {result['pooled_auc']})\n"
-        f"  epsilon {result['epsilon']} for each {result['unit']}, delta {result['delta']}, mode {result['mode']}\n"
-        f"  folders of every party, with their logs: {out}"
+        f"  test AUC {result['test_auc']:.3f} (everybody's data in one place, no privacy: {result['pooled_auc']:.3f})\n"
+        f"  epsilon {result['epsilon']:.3f} for each {result['unit']}, delta {result['delta']}, mode {result['mode']}\n"
+        f"  model, privacy statement and report, folders of every party and their logs: {out}\n"
+        f"Next: .venv/bin/medfed-simulate evaluate {out}   or read {out}/report.md and {out}/logs"
     )

@@ -145,20 +145,20 @@ def _run_id(cohort: Cohort, plan: Rehearsal, seams: Seams) -> str:
 class _Onlooker:
     """Shows one split's rounds, and the epsilon they cost, on the bar of the whole run."""
 
-    def __init__(self, progress: Progress, cohort: Cohort, before: int, plan: Rehearsal) -> None:
+    def __init__(self, progress: Progress, split: str, before: int, plan: Rehearsal) -> None:
         self._progress = progress
-        self._split = "" if cohort.seed is None else f"split {cohort.seed}: "
+        self._split = split
         self._before = before
         self._is_private = plan.epsilon is not None
-        self._shown: tuple[int, int, str] | None = None
+        self._shown: tuple[int, int] | None = None
 
     def __call__(self, assignment: Assignment, checkpoint: Checkpoint, what: str) -> None:
-        now = (checkpoint.last_attempt, checkpoint.state.completed_rounds, what)
+        now = (checkpoint.last_attempt, checkpoint.state.completed_rounds)
         if now == self._shown:
             return
         self._shown = now
-        spent = f"epsilon {assignment.plan.epsilon_after(now[0]):.3f}" if self._is_private else "no noise"
-        self._progress.update(self._before + now[1], f"{self._split}{what}, {spent}")
+        spent = f"epsilon {assignment.plan.epsilon_after(now[0]):.2f}" if self._is_private else "no noise"
+        self._progress.update(self._before + now[1], f"{self._split}, {spent}")
 
 
 def _rehearse_all(
@@ -167,19 +167,24 @@ def _rehearse_all(
     """One federation a split, each in folders of its own, under one progress bar."""
     rounds = _rounds(cohorts[0], plan, seams, study)
     outcomes = []
+    is_watched = sys.stderr.isatty()  # asked now: the bar puts itself in the place of sys.stderr
     with Progress(cohorts[0].name, rounds * len(cohorts), sys.stderr) as progress:
         for number, cohort in enumerate(cohorts):
             folder = parties / f"split-{number + 1 if cohort.seed is None else cohort.seed}"
             mine = plan if plan.seed is None else replace(plan, seed=plan.seed + number * SEED_STRIDE)
-            onlooker = _Onlooker(progress, cohort, number * rounds, plan)
+            onlooker = _Onlooker(progress, f"split {number + 1}/{len(cohorts)}", number * rounds, plan)
             done = rehearse(folder, cohort, mine, seams, study, onlooker)
             if not keep:
                 shutil.rmtree(parties)
+            progress.update((number + 1) * rounds, f"split {number + 1}/{len(cohorts)}: scoring")
             outcome = make_outcome(
                 cohort, done.assignment, done.checkpoint, done.weights, done.history, done.train_seconds, done.seconds
             )
             outcomes.append(outcome)
-            if not sys.stderr.isatty():  # else the bar says it
+            progress.update(
+                (number + 1) * rounds, f"split {number + 1}/{len(cohorts)}: AUC {report.auc(outcome.scores.auc)}"
+            )
+            if not is_watched:  # else the bar says it
                 split = f"split {number + 1} of {len(cohorts)}"
                 log.info("%s: %s done, test AUC %s", cohort.name, split, report.auc(outcome.scores.auc))
     return tuple(outcomes)
