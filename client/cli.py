@@ -20,6 +20,7 @@ from medfed.command import (
     say_lines,
 )
 from medfed.errors import ConfigError, ExitStatus, PrivacyError
+from medfed.process import keep_secrets
 
 if TYPE_CHECKING:
     from medfed.client.ledger import LedgerView
@@ -30,6 +31,7 @@ CONFIG = Path("hospital.toml")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
+    keep_secrets()
     return run_command(build_parser(), argv, refuse_rehearsal_options)
 
 

@@ -81,7 +81,7 @@ ca_certificate = {quoted(options.ca_certificate)}  # the authority of the coordi
 
 [data]
 path = {quoted(options.data)}                # one row a record
-patient_column = {quoted(options.patient_column)}   # tells which records are one patient's
+patient_column = {quoted(options.patient_column)}   # whose record it is; write ids alike: 001 and 1 are two people
 holdout = {options.holdout}                    # share of patients set aside for this hospital's own evaluation
 
 [data.columns]                       # study's name = "name in this file", where they differ

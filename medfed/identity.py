@@ -27,6 +27,11 @@ from medfed.seams import Entropy, Files
 PUBLIC_BYTES = 32
 SIGNATURE_BYTES = 64
 
+_PRIME = 2**255 - 19
+_ORDER_8_Y = 0x05FC536D880238B13933C6D305ACDFD5F098EFF289F4C345B027B2C28F95E826
+# the eight points of small order, by y: order 1, order 2, twice order 4, four times order 8
+_SMALL_ORDER_Y = frozenset({1, _PRIME - 1, 0, _ORDER_8_Y, _PRIME - _ORDER_8_Y})
+
 
 @dataclass(frozen=True, slots=True)
 class Identity:
@@ -55,6 +60,18 @@ def verify(public: bytes, signature: bytes, data: bytes) -> None:
         Ed25519PublicKey.from_public_bytes(public).verify(signature, data)
     except (InvalidSignature, ValueError) as error:
         raise RemoteProtocolError(110, "signature does not verify", "refused; ask the sender") from error
+
+
+def check_public(public: bytes) -> None:
+    """Raise ``RemoteProtocolError`` (MF-170) for an Ed25519 key of small order, in any of its encodings.
+
+    It has no private half to keep: a signature that anybody can write down verifies over all data, or over one piece in
+    two, four or eight. RFC 8032 (section 5.1.7) lets them pass; Chalkias, Garillot, Nikolaenko 2020, "Taming the many
+    EdDSAs", section 2.
+    """
+    y = int.from_bytes(public, "little") & ((1 << 255) - 1)  # the top bit is the sign of x
+    if len(public) != PUBLIC_BYTES or y % _PRIME in _SMALL_ORDER_Y:
+        raise RemoteProtocolError(170, "an identity key is refused, anybody could sign for it", "ask for a real one")
 
 
 def fingerprint(public: bytes) -> str:

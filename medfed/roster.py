@@ -15,7 +15,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medfed.errors import ConfigError, PrivacyError, RemoteProtocolError
-from medfed.identity import Identity, check_node_key, fingerprint, verify
+from medfed.identity import Identity, check_node_key, check_public, fingerprint, verify
 from medfed.seams import Files
 from medfed.wire import enc
 
@@ -61,7 +61,8 @@ class Enrolment(_Document):
         )
 
     def check(self) -> None:
-        """Raise MF-110 or MF-211 unless the signature holds and the node key is of the right kind."""
+        """Raise MF-110, MF-170 or MF-211 unless signature, identity and node key are good."""
+        check_public(self.public)
         check_node_key(self.node_key)
         verify(self.public, bytes.fromhex(self.signature), self._signed_bytes())
 
@@ -111,7 +112,8 @@ class Roster(_Document):
         return (json.dumps(self.model_dump(), indent=1, sort_keys=True) + "\n").encode()
 
     def check(self) -> None:
-        """Raise unless every document verifies and no name or key stands twice (MF-143)."""
+        """Raise unless every document verifies, no name or key stands twice (MF-143) and every key is good (MF-170)."""
+        check_public(bytes.fromhex(self.coordinator))
         for distinct in (
             [entry.hospital for entry in self.hospitals],
             [entry.identity for entry in self.hospitals],
@@ -158,8 +160,9 @@ def _checked(document: Enrolment | Roster, path: Path) -> None:
     try:
         document.check()
     except RemoteProtocolError as error:
+        what = "a signature" if error.code == 110 else "an identity key"
         raise RemoteProtocolError(
-            110, f"a signature in {path.name} does not verify", "ask for the file anew"
+            error.code, f"{what} in {path.name} does not verify", "ask for the file anew"
         ) from error
 
 

@@ -76,14 +76,19 @@ class Files(Protocol):
 
     def remove(self, path: Path) -> None: ...
 
-    def make_folder(self, path: Path, *, private: bool = False) -> None: ...
+    def make_folder(self, path: Path, *, private: bool = False) -> None:
+        """Make a folder unless it is there; ``private``: it is closed to others (0700) afterwards in either case.
+
+        A folder that many share (/tmp) is not closed but refused (MF-204).
+        """
+        ...
 
     def lock(self, path: Path) -> contextlib.AbstractContextManager[None]:
-        """Hold an exclusive lock for the length of the block; a second holder is refused at once (MF-620)."""
+        """Hold an exclusive lock (file of mode 0600) for the length of the block; a second holder is refused (MF-620)."""
         ...
 
     def database(self, path: Path, *, create: bool) -> sqlite3.Connection:
-        """An SQLite connection in autocommit mode; without ``create`` a missing file is refused (MF-401)."""
+        """An SQLite connection in autocommit mode. ``create`` makes a missing file (0600), else it is refused (MF-401)."""
         ...
 
 
@@ -212,12 +217,17 @@ class SystemFiles:
     def make_folder(self, path: Path, *, private: bool = False) -> None:
         with _named_faults(path):
             path.mkdir(mode=0o700 if private else 0o755, parents=True, exist_ok=True)
+            mode = path.stat().st_mode
+            if private and mode & stat.S_ISVTX:
+                raise EnvironmentFault(204, f"folder {path.name} is shared with others", "name a folder of your own")
+            if private and mode & 0o077:
+                path.chmod(0o700)
 
     @contextlib.contextmanager
     def lock(self, path: Path) -> Iterator[None]:
         with _named_faults(path):
-            file = path.open("a")
-        with file:
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with os.fdopen(handle, "wb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -229,6 +239,9 @@ class SystemFiles:
     def database(self, path: Path, *, create: bool) -> sqlite3.Connection:
         if not create and not path.exists():
             raise MedfedError(401, f"{path.name} not found", "restore it; a lost ledger is never begun anew")
+        if create:
+            with _named_faults(path):  # SQLite itself would let others read what it makes
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         try:
             return sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
         except sqlite3.Error as error:

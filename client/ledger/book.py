@@ -251,7 +251,7 @@ def _mark(files: Files, path: Path, store: Store) -> None:
     first = store.select("WHERE seq = 1")[0].hash
     mark = _mark_path(path)
     if not files.exists(mark):
-        files.write(mark, first)
+        files.write(mark, first, private=True)
     elif files.read(mark, limit_bytes=1024) != first:
         raise PrivacyError(401, f"{path.name} is not the ledger begun here", "restore the one that was")
 

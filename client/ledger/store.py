@@ -1,7 +1,8 @@
 """The ledger's file: SQLite, append-only, synced at every commit, chained, one writer.
 
-What makes it hold: a write-ahead log with ``synchronous=FULL`` (read back at every open), triggers that refuse UPDATE
-and DELETE, UNIQUE over what may happen once, a hash chain checked at every open, and a lock file for one process.
+What makes it hold: every commit is in ``ledger.db`` itself when it returns (rollback journal, ``synchronous=EXTRA``, both
+read back at every open), so that no debit hangs on a second file; triggers that refuse UPDATE and DELETE, UNIQUE over
+what may happen once, a hash chain checked at every open, and a lock file for one process.
 """
 
 from __future__ import annotations
@@ -54,29 +55,38 @@ _SCHEMA = (
 )
 _COLUMNS = "seq, kind, study, attempt, body, previous, hash, signature"
 _CHUNK = 500
+_SYNCHRONOUS_EXTRA = 3
+_HELD = 620
+_RESTART = "then restart the hospital: the ledger is read anew at its start"
 
 
 class Store:
     """One open ledger file. Every method raises ``MedfedError``; after a failed commit nothing more is accepted."""
 
-    def __init__(self, connection: sqlite3.Connection, identity: Identity) -> None:
+    def __init__(self, connection: sqlite3.Connection, identity: Identity, *, is_reader: bool = False) -> None:
         # a damaged page may hold bytes that are no text: they must reach the hash check, not raise on the way
         connection.text_factory = lambda data: data.decode("utf-8", "replace")
         self._connection = connection
         self._identity = identity
+        self._is_reader = is_reader
         self._turn = threading.RLock()
         self._failed = False
 
     @classmethod
     def attach(cls, connection: sqlite3.Connection, identity: Identity) -> Store:
-        """Ask for the durable modes and read them back: ``EnvironmentFault`` (MF-601) where the volume has them not."""
+        """Ask for the durable modes and read them back: ``EnvironmentFault`` (MF-601) where the volume has them not.
+
+        A write-ahead log that an earlier version left is merged into the file. None is used any more: a debit would lie
+        in ``ledger.db-wal`` alone, and whoever lost or did not copy that file would have an older ledger that verifies.
+        EXTRA also syncs the folder once the journal is gone, or a power cut could bring it back and undo the commit.
+        """
         store = cls(connection, identity)
         with _named_faults():
-            journal = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-            connection.execute("PRAGMA synchronous = FULL")
+            journal = connection.execute("PRAGMA journal_mode = DELETE").fetchone()[0]
+            connection.execute("PRAGMA synchronous = EXTRA")
             connection.execute("PRAGMA fullfsync = ON")
             synchronous = connection.execute("PRAGMA synchronous").fetchone()[0]
-        if journal != "wal" or synchronous != 2:
+        if journal != "delete" or synchronous != _SYNCHRONOUS_EXTRA:
             raise EnvironmentFault(
                 601,
                 f"this volume gives no durable ledger (journal {journal}, synchronous {synchronous})",
@@ -86,10 +96,10 @@ class Store:
 
     @classmethod
     def attach_reader(cls, connection: sqlite3.Connection, identity: Identity) -> Store:
-        """For looking only: SQLite itself refuses every write."""
+        """For looking only, beside a hospital that writes: SQLite itself refuses every write."""
         with _named_faults():
             connection.execute("PRAGMA query_only = ON")
-        return cls(connection, identity)
+        return cls(connection, identity, is_reader=True)
 
     # ------------------------------------------------------------------------------------------------------- writing
 
@@ -113,11 +123,12 @@ class Store:
         """Check and write as one: all of it is on disk at the end of the block, or none.
 
         A commit that failed may or may not have reached the disk. The file knows; this process no longer does, so it
-        refuses to go on until the ledger is opened (and read) anew.
+        refuses to go on until the ledger is opened (and read) anew. Not so where another process held the file so long
+        that the commit never began (MF-620): that is undone for certain.
         """
         with self._turn:
             if self._failed:
-                raise EnvironmentFault(608, "the ledger could not be written before", "check the volume, start again")
+                raise EnvironmentFault(608, "the ledger could not be written before", f"check the volume, {_RESTART}")
             with _named_faults():
                 self._connection.execute("BEGIN IMMEDIATE")
             try:
@@ -126,13 +137,20 @@ class Store:
             except BaseException:
                 self._roll_back()
                 raise
-            try:
-                with _named_faults():
-                    self._connection.execute("COMMIT")
-            except BaseException:
-                self._failed = True
-                self._roll_back()
-                raise
+            self._commit()
+
+    def _commit(self) -> None:
+        try:
+            with _named_faults():
+                self._connection.execute("COMMIT")
+        except EnvironmentFault as error:
+            self._failed = True
+            self._roll_back()
+            raise EnvironmentFault(error.code, error.what, f"{error.remedy}, {_RESTART}") from error
+        except BaseException as error:
+            self._failed = not (isinstance(error, MedfedError) and error.code == _HELD)
+            self._roll_back()
+            raise
 
     def _roll_back(self) -> None:
         try:
@@ -220,13 +238,25 @@ class Store:
         Raises ``PrivacyError``: 402 truncated or not a database, 403 a row altered, 404 the chain broken or another
         hospital's, 406 written by a newer version.
         """
+        if self._is_reader:
+            with self._copied() as copy:
+                return copy.check(every_signature)
         with self._view():
             self._check_file()
             return self._check_rows(every_signature)
 
     @contextlib.contextmanager
+    def _copied(self) -> Iterator[Store]:
+        """The file as it is now, in memory: a reader's long walk would hold up the hospital's next debit."""
+        with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as memory:
+            with self._view(), _named_faults():
+                self._connection.execute("SELECT count(*) FROM sqlite_master")  # waits for a commit under way
+                self._connection.backup(memory)
+            yield Store(memory, self._identity)
+
+    @contextlib.contextmanager
     def _view(self) -> Iterator[None]:
-        """Several reads of one state, even while another process appends."""
+        """Several reads of one state: no other process can append in between."""
         with self._turn:
             with _named_faults():
                 self._connection.execute("BEGIN")
@@ -317,7 +347,7 @@ def _named_faults() -> Iterator[None]:
 def _translate(error: sqlite3.Error) -> NoReturn:
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if code == sqlite3.SQLITE_BUSY:
-        raise MedfedError(620, "another process writes to the ledger", "stop it: one process an identity") from error
+        raise MedfedError(620, "another process holds the ledger", "stop it, or wait until it is done") from error
     if code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}:
         raise damage(402, "ledger file is damaged or truncated") from error
     if code == sqlite3.SQLITE_CONSTRAINT:

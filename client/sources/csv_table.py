@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from medfed.client.sources.patient_ids import one_spelling
 from medfed.errors import DataError
 from medfed.seams import Files
 
@@ -25,9 +26,9 @@ _DELIMITERS = (",", ";", "\t")
 class Table:
     """Records by column, in the order of the file.
 
-    ``patients[i]``: id of record i, never empty. ``columns[name][i]``: its text under the study's name of the column,
-    blanks at both ends removed, empty where nothing stands. ``rows[i]``: the line in the file where record i begins
-    (the header is line 1), for errors. ``repr`` shows no content.
+    ``patients[i]``: id of record i in its one spelling, never empty. ``columns[name][i]``: its text under the study's
+    name of the column, blanks at both ends removed, empty where nothing stands. ``rows[i]``: the line in the file where
+    record i begins (the header is line 1), for errors. ``repr`` shows no content.
     """
 
     patients: tuple[str, ...] = field(repr=False)
@@ -57,7 +58,7 @@ def read_table(files: Files, path: Path, patient_column: str, columns: Mapping[s
     for row, record in lines:
         if len(record) != len(names):
             raise _fault(f"row {row} has {len(record)} cells, the header {len(names)}", "correct the row")
-        patient = record[places[patient_column]].strip()
+        patient = one_spelling(record[places[patient_column]])
         if not patient:
             raise _fault(f'row {row}, column "{_plain(patient_column)}" holds no patient id', "every record needs one")
         patients.append(patient)

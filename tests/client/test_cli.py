@@ -207,6 +207,27 @@ def test_init_writes_secrets_that_only_their_owner_can_read(federation):
         assert (federation.north / name).stat().st_mode & 0o777 == 0o600
 
 
+PUBLIC = {"enrolment.json", "hospital.toml"}
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022])
+def test_init_closes_a_folder_that_was_there(federation, monkeypatch, umask):
+    folder = federation.folder / "here"
+    folder.mkdir()
+    folder.chmod(0o777)
+    monkeypatch.chdir(folder)
+    arguments = [*init_arguments(federation.folder, "here"), "--folder", "."]
+    before = os.umask(umask)
+    try:
+        assert call(main, arguments).status == 0
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir() if path.name not in PUBLIC}
+    assert set(modes) >= {"identity.key", "node.key", "patients.key", "ledger.db", "ledger.db.begun", "ledger.db.lock"}
+    assert set(modes.values()) == {0o600}
+
+
 def test_coordinator_confirmed_in_hospital_toml_is_shown_as_confirmed(federation):
     roster = load_roster(FILES, federation.study.parent / "roster.json")
     digits = fingerprint(bytes.fromhex(roster.coordinator))

@@ -48,6 +48,36 @@ def test_one_patient_may_have_many_records(tmp_path: Path) -> None:
     assert read(tmp_path, "id,Alter,ill\np,1,0\np,1,0\n").patients == ("p", "p")
 
 
+ONE_PERSON = {
+    "composed": "Müller",
+    "decomposed": "Mu\u0308ller",
+    "blanks": "\u00a0 Müller\u2003",
+    "byte order mark": "\ufeffMüller",
+    "zero-width": "M\u200bu\u0308ll\u200der\u2060",
+    "accent behind a joiner": "Mu\u200d\u0308ller",
+    "direction marks": "\u200eMüller\u202c",
+    "soft hyphen": "Mül\u00adler",
+}
+
+
+@pytest.mark.parametrize("spelling", ONE_PERSON)
+def test_one_person_is_one_patient_in_every_invisible_spelling(tmp_path: Path, spelling: str) -> None:
+    table = read(tmp_path, f"id,Alter,ill\n{ONE_PERSON[spelling]},61,1\nMüller,62,0\n")
+    assert table.patients == ("Müller", "Müller")
+
+
+def test_ids_that_look_different_are_different_people(tmp_path: Path) -> None:
+    ids = ("001", "1", "p7", "P7", "Muller", "Müller", "a b", "ab", "\uff11")
+    table = read(tmp_path, "id,Alter,ill\n" + "".join(f"{each},61,1\n" for each in ids))
+    assert table.patients == ids
+
+
+def test_id_of_invisible_characters_is_no_id(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="row 2") as caught:
+        read(tmp_path, "id,Alter,ill\n\u200b\u2060,61,1\n")
+    assert caught.value.code == 301
+
+
 def test_cells_are_text_and_nothing_else(tmp_path: Path) -> None:
     table = read(tmp_path, "id,Alter,ill\np,=1+1,@SUM(A1)\n")
     assert table.columns == {"age": ("=1+1",), "ill": ("@SUM(A1)",)}

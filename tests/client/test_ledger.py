@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import random
 import shutil
 import sqlite3
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -96,11 +98,11 @@ def send(ledger: Ledger, attempt: int, study: bytes = HEART) -> None:
 
 
 @contextlib.contextmanager
-def refused(code: int, ledger: Ledger | None = None) -> Iterator[None]:
+def refused(code: int, ledger: Ledger | None = None) -> Iterator[pytest.ExceptionInfo[MedfedError]]:
     """The block raises ``code`` in one line, and the ledger is as before."""
     before = ledger.entries() if ledger else ()
     with pytest.raises(MedfedError) as caught:
-        yield
+        yield caught
     assert caught.value.code == code, caught.value
     assert "\n" not in str(caught.value)
     if ledger:
@@ -461,6 +463,112 @@ def test_ledger_can_be_looked_at_beside_a_running_hospital(tmp_path: Path) -> No
                 view._store._connection.execute("INSERT INTO patients VALUES (x'00', 1)")
 
 
+def only_the_file(path: Path, to: Path) -> Path:
+    """``ledger.db`` as somebody copies it who knows nothing of SQLite."""
+    to.mkdir()
+    shutil.copy(path, to / path.name)
+    return to / path.name
+
+
+def test_debit_is_in_the_ledgers_own_file_when_it_returns(tmp_path: Path) -> None:
+    """Copied alone while the hospital runs, as after kill -9 and the loss of every file beside it."""
+    with Ledger.create(FILES, path_in(tmp_path), IDENTITY) as ledger:
+        ledger.approve(approval(), people(1), CAPS)
+        for attempt in range(1, 6):
+            reserve(ledger, attempt)
+            copy = only_the_file(path_in(tmp_path), tmp_path / f"copy-{attempt}")
+            with Ledger.open(FILES, copy, IDENTITY) as alone:
+                assert alone.account(HEART, CAPS).attempts_used == attempt
+                assert alone.verify().head == ledger.head()
+        assert {path.name for path in tmp_path.glob("ledger.db*")} == {"ledger.db", "ledger.db.begun", "ledger.db.lock"}
+
+
+def write_ahead(path: Path) -> None:
+    """Turn to the write-ahead log of earlier versions."""
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        assert database.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",)
+
+
+def killed_with_a_write_ahead_log(folder: Path) -> Path:
+    """What an earlier version left when it was killed: two debits in ``ledger.db-wal``, none of them in ``ledger.db``."""
+    old, path = folder / "old" / "ledger.db", folder / "killed" / "ledger.db"
+    old.parent.mkdir()
+    with Ledger.create(FILES, old, IDENTITY) as ledger:
+        ledger.approve(approval(), people(1), CAPS)
+    write_ahead(old)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(ledger_store.sqlite3.connect(old))).execute("SELECT 1")
+        database = stack.enter_context(contextlib.closing(FILES.database(old, create=False)))
+        store = ledger_store.Store(database, IDENTITY)
+        ledger = Ledger(store, contextlib.ExitStack())
+        reserve(ledger, 1)
+        reserve(ledger, 2)
+        shutil.copytree(old.parent, path.parent)
+    return path
+
+
+def test_write_ahead_log_of_an_earlier_version_is_merged_at_open(tmp_path: Path) -> None:
+    path = killed_with_a_write_ahead_log(tmp_path)
+    log = path.with_name("ledger.db-wal")
+    assert log.stat().st_size
+    with Ledger.inspect(FILES, path, IDENTITY) as view:
+        assert view.account(HEART, CAPS).attempts_used == 2
+    with Ledger.open(FILES, path, IDENTITY) as ledger:
+        reserve(ledger, 3)
+        assert not log.exists()
+        with Ledger.open(FILES, only_the_file(path, tmp_path / "alone"), IDENTITY) as alone:
+            assert alone.account(HEART, CAPS).attempts_used == 3
+
+
+def test_write_ahead_log_alone_would_lose_debits(tmp_path: Path) -> None:
+    """The positive control: what the merge prevents."""
+    path = killed_with_a_write_ahead_log(tmp_path)
+    with Ledger.open(FILES, only_the_file(path, tmp_path / "alone"), IDENTITY) as alone:
+        assert alone.account(HEART, CAPS).attempts_used == 0
+
+
+def test_reader_that_checks_holds_up_no_debit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The long walk is over a copy: in its middle the hospital commits at once, though it would wait for nobody."""
+    with Ledger.create(FILES, path_in(tmp_path), IDENTITY) as writer:
+        writer.approve(approval(), people(1), CAPS)
+        writer._store._connection.execute("PRAGMA busy_timeout = 0")
+        walk, attempts = ledger_store.check_chain, iter(range(1, 5))
+
+        def interrupted(*arguments: object) -> None:
+            walk(*arguments)
+            send(writer, next(attempts))
+
+        monkeypatch.setattr(ledger_store, "check_chain", interrupted)
+        with Ledger.inspect(FILES, path_in(tmp_path), IDENTITY) as view:
+            assert view.account(HEART, CAPS).attempts_used == 1
+            view.verify()
+            assert view.account(HEART, CAPS).attempts_used == 2
+
+
+def test_debit_that_another_process_holds_up_is_undone_and_comes_through_later(tmp_path: Path) -> None:
+    with Ledger.create(FILES, path_in(tmp_path), IDENTITY) as ledger:
+        ledger.approve(approval(), people(1), CAPS)
+        ledger._store._connection.execute("PRAGMA busy_timeout = 0")
+        with contextlib.closing(sqlite3.connect(path_in(tmp_path), isolation_level=None)) as shell:
+            shell.execute("BEGIN")
+            shell.execute("SELECT * FROM entries").fetchall()
+            with refused(620, ledger):
+                reserve(ledger, 1)
+        reserve(ledger, 1)
+        assert ledger.account(HEART, CAPS).attempts_used == 1
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022])
+def test_ledgers_files_are_their_owners_alone(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with Ledger.create(FILES, path_in(tmp_path), IDENTITY):
+            modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    finally:
+        os.umask(before)
+    assert modes == dict.fromkeys(["ledger.db", "ledger.db.begun", "ledger.db.lock"], 0o600)
+
+
 class Database(sqlite3.Connection):
     """A connection whose volume misbehaves: statements that begin with a key of ``faults`` do otherwise."""
 
@@ -488,8 +596,8 @@ def faults() -> Iterator[dict[str, Callable[[Database, str], sqlite3.Cursor]]]:
 @pytest.mark.parametrize(
     ("statement", "instead"),
     [
-        ("PRAGMA synchronous = FULL", "PRAGMA synchronous = NORMAL"),
-        ("PRAGMA journal_mode", "PRAGMA journal_mode = DELETE"),
+        ("PRAGMA synchronous = EXTRA", "PRAGMA synchronous = FULL"),
+        ("PRAGMA journal_mode", "PRAGMA journal_mode = MEMORY"),
     ],
 )
 def test_volume_without_durable_modes_is_refused(
@@ -529,16 +637,19 @@ def test_write_that_fails_leaves_no_row_and_the_ledger_whole(
     with Ledger.create(FaultyFiles(), path_in(tmp_path), IDENTITY) as ledger:
         ledger.approve(approval(), people(1), CAPS)
         faults[statement] = _raise(code)
-        with refused(expected, ledger):
+        with refused(expected, ledger) as first:
             reserve(ledger, 1)
         faults.clear()
-        if statement == "COMMIT":  # it is not known what reached the disk: this process must not go on
-            with refused(608, ledger):
+        must_stop = statement == "COMMIT" and expected != 620
+        assert ("restart the hospital" in str(first.value)) is must_stop
+        if must_stop:  # it is not known what reached the disk: this process must not go on
+            with refused(608, ledger) as later:
                 reserve(ledger, 1)
+            assert "restart the hospital" in str(later.value)
         else:
             reserve(ledger, 1)
     with Ledger.open(FILES, path_in(tmp_path), IDENTITY) as ledger:
-        assert ledger.account(HEART, CAPS).attempts_used == (0 if statement == "COMMIT" else 1)
+        assert ledger.account(HEART, CAPS).attempts_used == (0 if must_stop else 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ tampering
@@ -643,8 +754,9 @@ def test_truncated_file_is_refused(tmp_path: Path) -> None:
     data = path.read_bytes()
     for size in (1, 100, 4096, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:size])
-        with refused(402):
-            Ledger.open(FILES, path, IDENTITY)
+        for way in (Ledger.open, Ledger.inspect):
+            with refused(402):
+                way(FILES, path, IDENTITY)
 
 
 def test_ledger_of_a_newer_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from medfed.errors import ConfigError, EnvironmentFault, MedfedError, RemoteProt
 from medfed.identity import (
     Identity,
     check_node_key,
+    check_public,
     create_identity,
     create_node_key,
     fingerprint,
@@ -80,6 +81,71 @@ def test_signature_of_other_data_key_or_length_is_refused() -> None:
         with pytest.raises(RemoteProtocolError) as caught:
             verify(public, signed, data)
         assert caught.value.code == 110
+
+
+P = 2**255 - 19
+D = -121665 * pow(121666, -1, P) % P
+
+
+def small_order_points() -> set[tuple[int, int]]:
+    """All (x, y) of -x^2 + y^2 = 1 + d x^2 y^2 with 8 (x, y) = (0, 1), found by adding one of order 8 to itself."""
+
+    def add(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+        product = D * a[0] * b[0] * a[1] * b[1] % P
+        x = (a[0] * b[1] + b[0] * a[1]) * pow(1 + product, -1, P)
+        y = (a[1] * b[1] + a[0] * b[0]) * pow(1 - product, -1, P)
+        return x % P, y % P
+
+    def root(square: int) -> int:
+        found = pow(square, (P + 3) // 8, P)
+        return found if found * found % P == square % P else found * pow(2, (P - 1) // 4, P) % P
+
+    # order 8 doubles to order 4, (+-i, 0): y^2 = -x^2 there, so d x^4 - 2 x^2 - 1 = 0
+    for sign in (1, -1):
+        x = root((1 + sign * root(1 + D)) * pow(D, -1, P))
+        if (D * x**4 - 2 * x**2 - 1) % P == 0:
+            break
+    else:
+        raise AssertionError("no point of order 8")
+    point, points = (x, root(-x * x)), set[tuple[int, int]]()
+    each = point
+    for _ in range(8):
+        points.add(each)
+        each = add(each, point)
+    return points
+
+
+def encodings_of_small_order() -> set[bytes]:
+    """Every 32 bytes that some library reads as one of them: either sign bit, y or y + p where that fits in 255 bits."""
+    return {
+        (value | sign << 255).to_bytes(32, "little")
+        for _, y in small_order_points()
+        for value in (y, y + P)
+        if value < 1 << 255
+        for sign in (0, 1)
+    }
+
+
+def test_keys_of_small_order_are_refused_in_all_encodings() -> None:
+    assert len(small_order_points()) == 8 and (0, 1) in small_order_points()
+    assert len(encodings_of_small_order()) == 14
+    for public in encodings_of_small_order():
+        with pytest.raises(RemoteProtocolError) as caught:
+            check_public(public)
+        assert caught.value.code == 170
+
+
+def test_real_keys_are_not_refused() -> None:
+    for public in [bytes.fromhex(public) for _, public, _, _ in KNOWN]:
+        check_public(public)
+    for seed in range(50):
+        check_public(Identity.from_seed(bytes([seed]) * 32).public)
+
+
+def test_anybody_signs_for_a_key_of_small_order() -> None:
+    """The positive control: without ``check_public`` such a key is as good as any."""
+    neutral = (1).to_bytes(32, "little")
+    verify(neutral, neutral + bytes(32), b"whatever")
 
 
 def test_repr_shows_no_secret() -> None:

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from medfed.errors import ConfigError, EnvironmentFault, MedfedError, PrivacyError, RemoteProtocolError
-from medfed.identity import Identity
+from medfed.identity import Identity, verify
 from medfed.roster import Enrolment, Roster, enrol, load_enrolment, load_roster
 from medfed.seams import SystemFiles
 
@@ -118,6 +118,31 @@ def test_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     path.write_bytes(b" " * ((1 << 20) + 1))
     with pytest.raises(EnvironmentFault, match="MF-609"):
         load_enrolment(FILES, path)
+
+
+NEUTRAL = (1).to_bytes(32, "little")  # of order 1: the signature (neutral, 0) verifies under it over all data
+
+
+def test_enrolment_under_a_key_that_anybody_signs_for_is_refused(tmp_path: Path) -> None:
+    forged = ENTRIES[0].model_copy(
+        update={"hospital": "Nobody", "identity": NEUTRAL.hex(), "signature": (NEUTRAL + bytes(32)).hex()}
+    )
+    verify(forged.public, bytes.fromhex(forged.signature), forged._signed_bytes())  # the signature is not what stops it
+    path = tmp_path / "enrolment.json"
+    path.write_bytes(forged.to_bytes())
+    with pytest.raises(RemoteProtocolError, match=r"enrolment\.json") as caught:
+        load_enrolment(FILES, path)
+    assert caught.value.code == 170
+    path.write_bytes(roster(*ENTRIES[1:3], forged).to_bytes())
+    with pytest.raises(RemoteProtocolError) as caught:
+        load_roster(FILES, path)
+    assert caught.value.code == 170
+
+
+def test_roster_of_a_coordinator_that_anybody_signs_for_is_refused() -> None:
+    with pytest.raises(RemoteProtocolError) as caught:
+        roster().model_copy(update={"coordinator": NEUTRAL.hex()}).check()
+    assert caught.value.code == 170
 
 
 def test_node_key_of_another_kind_is_refused() -> None:

@@ -118,6 +118,16 @@ def test_init_twice_is_refused_and_leaves_the_first_as_it_was(federation):
     check_refusal(federation, main, ["init", "--folder", federation.office, "--host", "localhost"], 212, 2)
 
 
+def test_init_closes_a_folder_that_was_there_and_its_secrets(federation):
+    folder = federation.folder / "here"
+    folder.mkdir()
+    folder.chmod(0o755)
+    assert call(main, ["init", "--folder", folder, "--host", "localhost"]).status == 0
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (folder, *folder.rglob("*"))}
+    assert (modes["here"], modes["tls"]) == (0o700, 0o700)
+    assert {modes[name] for name in ("identity.key", "ca.key", "server.key")} == {0o600}
+
+
 def test_status_shows_the_last_run(federation):
     status = {
         "study": "Trial 1",
