@@ -100,6 +100,9 @@ def _add_init(commands: argparse._SubParsersAction[Parser]) -> None:
     ]
     for option, kind, metavar, text in needed:
         init.add_argument(option, type=kind, required=True, metavar=metavar, help=text)
+    init.add_argument(
+        "--coordinator-fingerprint", metavar="HEX", help="as its people read it to you; approve then checks it (MF-149)"
+    )
     init.add_argument("--proxy", metavar="URL", help="HTTP proxy for the one outbound connection")
     init.add_argument(
         "--holdout", type=float, default=0.0, metavar="F", help="share of patients that never train (0 to 0.5)"
@@ -135,6 +138,7 @@ def _init(arguments: argparse.Namespace) -> int:
         nominal_patients=arguments.patients,
         coordinator=arguments.coordinator,
         ca_certificate=_within(folder, arguments.ca),
+        fingerprint=arguments.coordinator_fingerprint,
         proxy=arguments.proxy,
         data=_within(folder, arguments.data),
         patient_column=arguments.patient_column,
@@ -146,7 +150,7 @@ def _init(arguments: argparse.Namespace) -> int:
         min_colluders=arguments.min_colluders,
     )
     document = init_site(seams, folder, options)
-    say(f"Hospital {document.hospital} is set up.")
+    say(f"{document.hospital} is set up.")
     say(f"Fingerprint: {document.fingerprint}")
     if not seams.files.exists(arguments.data):
         say(f"Put the records at {arguments.data} before you approve a study.")
@@ -155,9 +159,17 @@ def _init(arguments: argparse.Namespace) -> int:
     say(
         "  2. send enrolment.json to the coordinator and to the other hospitals, read them the fingerprint by telephone"
     )
-    say("  3. keep a backup of the keys; never copy the ledger back: an old one is refused")
-    say("  4. medfed-client approve study.toml --peers OTHER-HOSPITALS.json ...")
-    say("  5. medfed-client run")
+    if arguments.coordinator_fingerprint is None:
+        say(
+            "  3. write the coordinator's fingerprint, read to you by telephone, into hospital.toml: [coordinator] identity"
+        )
+    else:
+        say("  3. the coordinator's fingerprint is noted and will be checked")
+    say(
+        "  4. back the whole folder up, with the client stopped; restore only the newest backup: an older ledger forgets"
+    )
+    say("  5. medfed-client approve study.toml --peers OTHER-HOSPITALS.json ...")
+    say("  6. medfed-client run")
     return ExitStatus.HANDLED
 
 

@@ -70,6 +70,10 @@ def run_hospital(config_path: Path, seams: Seams, stop: threading.Event, *, once
             proxy=coordinator.proxy,
             once=once,
         )
-        log.info("hospital %s takes part in: %s", site.config.hospital.name, ", ".join(hospital.studies))
+        if hospital.open_studies:
+            log.info("%s takes part in: %s", site.config.hospital.name, ", ".join(hospital.open_studies))
+        else:
+            log.info("%s has no open study: it only repeats its last word of finished ones", site.config.hospital.name)
         Node(settings, hospital.handle, seams).run_forever(stop)
+        log.info("stopped")
     return ExitStatus.HANDLED

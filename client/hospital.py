@@ -43,6 +43,11 @@ class Hospital:
         """Names of the studies this hospital answers for."""
         return [part.approved.study.study.name for part in self._studies.values()]
 
+    @property
+    def open_studies(self) -> list[str]:
+        """Names of those that are not finished."""
+        return [part.approved.study.study.name for part in self._studies.values() if part.is_open]
+
     def handle(self, frame: bytes) -> bytes:
         """Check and answer one request."""
         message = decode(frame, vector_limit_bytes=self._vector_limit)

@@ -149,4 +149,5 @@ class ModelKeeper:
         if len(approved.holdout.labels):
             scores = tasks.evaluate(approved.model, approved.study.task, approved.holdout)
             report = {"evaluation": "own holdout, never sent", **scores}
+            log.info("on %d own held-out records: %s", len(approved.holdout.labels), scores)
             self._files.write(approved.folder / "evaluation.json", json.dumps(report, indent=1).encode(), private=True)

@@ -91,7 +91,8 @@ class Participation:
         return self.approved.study.expired(now)
 
     @property
-    def _is_open(self) -> bool:
+    def is_open(self) -> bool:
+        """Approved, and neither finished nor withdrawn."""
         return self._ledger.approved(self.study_hash).state is StudyState.OPEN
 
     def answer(self, message: Message) -> bytes:
@@ -137,7 +138,7 @@ class Participation:
         self._party, self._session, self._offer_reply, self._offers = None, b"", b"", None
 
     def _check_open(self) -> None:
-        if not self._is_open:
+        if not self.is_open:
             raise Refuse(Refused.NOT_APPROVED, "the study is closed or withdrawn here")
 
     # --- a round ---------------------------------------------------------------------------------------------------
@@ -285,7 +286,7 @@ class Participation:
     def _acknowledge(self) -> None:
         """The released sum holds this hospital's last upload: the coordinator has it."""
         attempt = self._ledger.highest_attempt(self.study_hash)
-        if self._is_open and self._ledger.attempt_status(self.study_hash, attempt) is AttemptState.RELEASED:
+        if self.is_open and self._ledger.attempt_status(self.study_hash, attempt) is AttemptState.RELEASED:
             self._ledger.acknowledge(self.study_hash, attempt)
 
     def _take_state(self, request: StateTransfer) -> bytes:
@@ -299,7 +300,7 @@ class Participation:
             raise Refuse(Refused.OUT_OF_ORDER, "a study ends after its last round")
         self._catch_up(request.round, request.total, request.state_hash)
         self._keeper.write_model()
-        if self._is_open:
+        if self.is_open:
             self._ledger.close_study(self.study_hash, "all rounds done")
             log.info("%s is done; the model is in %s", self.approved.study.study.name, self.approved.folder)
         self._end_session()

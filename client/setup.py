@@ -23,6 +23,7 @@ class SiteOptions:
     nominal_patients: int
     coordinator: str
     ca_certificate: str
+    fingerprint: str | None
     proxy: str | None
     data: str
     patient_column: str
@@ -67,6 +68,7 @@ def renew_enrolment(site: Site, nominal_patients: int) -> Enrolment:
 
 def _config_text(options: SiteOptions) -> str:
     proxy = '# proxy = "http://proxy.example:3128"' if options.proxy is None else f"proxy = {quoted(options.proxy)}"
+    identity = '# identity = "..."' if options.fingerprint is None else f"identity = {quoted(options.fingerprint)}"
     return f"""\
 # What this hospital allows. Sovereign: nothing a study or the coordinator says can widen it.
 
@@ -77,14 +79,15 @@ name = {quoted(options.name)}
 address = {quoted(options.coordinator)}          # host:port; the only connection this hospital makes
 ca_certificate = {quoted(options.ca_certificate)}  # the authority of the coordinator's certificate (or a bundle)
 {proxy}
-# identity = "..."                   # the coordinator's fingerprint as its people read it to you: checked at approval
+{identity}  # its fingerprint as its people read it to you, checked at approval
 
 [data]
 path = {quoted(options.data)}                # one row a record
 patient_column = {quoted(options.patient_column)}   # whose record it is; write ids alike: 001 and 1 are two people
 holdout = {options.holdout}                    # share of patients set aside for this hospital's own evaluation
 
-[data.columns]                       # study's name = "name in this file", where they differ
+[data.columns]                       # study's name = "name in this file", where they differ, as in
+# age = "Age (years)"
 
 [policy]
 max_epsilon_study = {options.max_epsilon_study}          # a study may not cost a patient more, all attempts included

@@ -71,7 +71,7 @@ class Site:
         data = self.config.data
         columns = {name: data.columns.get(name, name) for name in _columns(study)}
         table = read_table(self.seams.files, self.folder / data.path, data.patient_column, columns)
-        return encode_records(study, table.patients, table.columns)
+        return encode_records(study, table.patients, table.columns, table.rows)
 
     def keyed_hashes(self, patients: tuple[str, ...]) -> tuple[bytes, ...]:
         """HMAC-SHA256 of each patient id under this hospital's secret: tells patients apart, names nobody."""

@@ -232,7 +232,9 @@ class SystemFiles:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise MedfedError(
-                    620, f"another process already holds {path.name}", "stop it first: one process an identity"
+                    620,
+                    f"{path.name} is held by another process",
+                    "stop the medfed command that runs in this folder first",
                 ) from error
             yield
 

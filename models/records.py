@@ -29,28 +29,35 @@ class Records:
         return Records(self.inputs[keep], self.labels[keep], chosen)
 
 
-def encode_records(study: Study, patients: Sequence[str], columns: Mapping[str, Sequence[str]]) -> Records:
+def encode_records(
+    study: Study,
+    patients: Sequence[str],
+    columns: Mapping[str, Sequence[str]],
+    rows: Sequence[int] | None = None,
+) -> Records:
     """Encode raw text columns; ``DataError`` MF-301 for a missing column, a missing, unreadable or out-of-range value.
 
-    Rows are counted from 1, the header not included.
+    ``rows[i]``: what record i is called in an error, the line of its file; without it records count from 1.
     """
     for name in [feature.name for feature in study.data.features] + [study.task.label]:
         if name not in columns:
-            raise DataError(301, f"column {name} is missing", "add it, or map it under [data.columns] in hospital.toml")
+            remedy = f'write {name} = "YOUR COLUMN" under [data.columns] in hospital.toml'
+            raise DataError(301, f"column {name} is missing", remedy)
+    named = range(1, len(patients) + 1) if rows is None else rows
     blocks = [
-        _numbers(feature, columns[feature.name])
+        _numbers(feature, columns[feature.name], named)
         if isinstance(feature, NumericFeature)
-        else _indicators(feature, columns[feature.name])
+        else _indicators(feature, columns[feature.name], named)
         for feature in study.data.features
     ]
     inputs = np.concatenate(blocks, axis=1).astype(np.float32) if blocks else np.zeros((len(patients), 0), np.float32)
-    return Records(inputs, _labels(study, columns[study.task.label]), tuple(patients))
+    return Records(inputs, _labels(study, columns[study.task.label], named), tuple(patients))
 
 
-def _numbers(feature: NumericFeature, cells: Sequence[str]) -> NDArray[np.float64]:
+def _numbers(feature: NumericFeature, cells: Sequence[str], rows: Sequence[int]) -> NDArray[np.float64]:
     values = np.empty((len(cells), 1))
-    for row, cell in enumerate(cells, 1):
-        values[row - 1, 0] = _number(feature, cell.strip(), row)
+    for index, (row, cell) in enumerate(zip(rows, cells, strict=True)):
+        values[index, 0] = _number(feature, cell.strip(), row)
     return (values - feature.center) / feature.scale
 
 
@@ -73,10 +80,10 @@ def _number(feature: NumericFeature, cell: str, row: int) -> float:
     raise _fault(row, feature.name, f"is outside {limits}", "check the unit of the column")
 
 
-def _indicators(feature: CategoryFeature, cells: Sequence[str]) -> NDArray[np.float64]:
+def _indicators(feature: CategoryFeature, cells: Sequence[str], rows: Sequence[int]) -> NDArray[np.float64]:
     place = {_canonical(level): index for index, level in enumerate(feature.levels)}
     indicators = np.zeros((len(cells), feature.width))
-    for row, cell in enumerate(cells, 1):
+    for record, (row, cell) in enumerate(zip(rows, cells, strict=True)):
         text = cell.strip()
         if text in MISSING and text not in place:
             if feature.missing is None:
@@ -86,7 +93,7 @@ def _indicators(feature: CategoryFeature, cells: Sequence[str]) -> NDArray[np.fl
         if index is None:
             raise _fault(row, feature.name, "is none of the study's levels", "see the levels in study.toml")
         if index > 0:
-            indicators[row - 1, index - 1] = 1.0
+            indicators[record, index - 1] = 1.0
     return (indicators - feature.center) / feature.scale
 
 
@@ -99,12 +106,12 @@ def _canonical(text: str) -> str:
     return str(int(value)) if value == int(value) else repr(value)
 
 
-def _labels(study: Study, cells: Sequence[str]) -> NDArray[np.int64]:
+def _labels(study: Study, cells: Sequence[str], rows: Sequence[int]) -> NDArray[np.int64]:
     labels = np.empty(len(cells), np.int64)
     allowed = {str(value): value for value in range(study.task.classes)}
-    for row, cell in enumerate(cells, 1):
+    for record, (row, cell) in enumerate(zip(rows, cells, strict=True)):
         try:
-            labels[row - 1] = allowed[_canonical(cell.strip())]
+            labels[record] = allowed[_canonical(cell.strip())]
         except (KeyError, OverflowError, ValueError):
             limit = study.task.classes - 1
             raise _fault(row, study.task.label, f"is not a class 0..{limit}", "drop rows without a label") from None

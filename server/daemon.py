@@ -72,6 +72,8 @@ class StatusFile:
         if what == self._last:
             return
         self._last = what
+        if "waiting for" in what:
+            log.info("%s", what)
         used = checkpoint.last_attempt
         self._progress.update(checkpoint.state.completed_rounds, f"{what}, epsilon {self._spent(used):.3g}")
         self.write(checkpoint, what)
@@ -118,7 +120,7 @@ def train_with(exchange: Exchange, config_path: Path, seams: Seams) -> Checkpoin
             raise
         write_results(seams.files, folder, assignment, checkpoint)
         observe.write(checkpoint, "done")
-    log.info("the model is in %s", folder.name)
+    log.info("the model is in %s", folder)
     return checkpoint
 
 

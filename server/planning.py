@@ -148,4 +148,5 @@ def _range(task: TaskFile, largest_hospital: int) -> float:
 def _first_line(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg'].removeprefix('Value error, ')}"
+    what = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {what}" if where else what

@@ -252,7 +252,7 @@ def _evaluated(run: Path, evaluation: Evaluation) -> Iterable[str]:
     yield f"{run}: {evaluation.cohort}, split {evaluation.split_seed}, {evaluation.test_records} test records"
     yield f"  AUC {number(evaluation.test_auc)}, accuracy {number(evaluation.test_accuracy)}"
     same = "the same" if evaluation.as_recorded else f"NOT the same: {number(evaluation.recorded_test_auc)}"
-    yield f"  result.json says {same}"
+    yield f"  result.json says {same} of this split, the first: the saved model is its"
     for name, area in evaluation.per_hospital.items():
         yield f"  {name}: AUC {number(area)}"
     yield f"  evaluation: {evaluation.evaluation}; {'; '.join(evaluation.stamps)}"

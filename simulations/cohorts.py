@@ -192,7 +192,11 @@ def data_folder() -> Path:
     """The folder that ``MEDFED_DATA`` names. Raises ``DataError`` MF-320 if it names none."""
     named = os.environ.get("MEDFED_DATA", "")
     if not named:
-        raise DataError(320, "this cohort's data are not bundled", "set MEDFED_DATA to the folder that holds them")
+        raise DataError(
+            320,
+            "this cohort's data are not bundled with medfed",
+            "set MEDFED_DATA to a folder with heart_disease_uci/processed.*.data (UCI data set 45, archive.ics.uci.edu)",
+        )
     return Path(named)
 
 

@@ -182,6 +182,7 @@ def _options(name: str, patients: int, ports: Ports) -> SiteOptions:
         nominal_patients=patients,
         coordinator=f"localhost:{ports.public}",
         ca_certificate="../coordinator/tls/ca.crt",
+        fingerprint=None,
         proxy=None,
         data="patients.csv",
         patient_column=PATIENT_COLUMN,

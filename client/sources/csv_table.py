@@ -118,7 +118,10 @@ def _places(names: list[str], patient_column: str, columns: Mapping[str, str]) -
     for wanted in (patient_column, *columns.values()):
         found = [index for index, name in enumerate(names) if name == wanted]
         if not found:
-            raise _fault(f'column "{_plain(wanted)}" is missing', "add it, or name yours under [data] in hospital.toml")
+            remedy = (
+                'add it, or write its name here as STUDY_NAME = "YOUR COLUMN" under [data.columns] in hospital.toml'
+            )
+            raise _fault(f'column "{_plain(wanted)}" is missing', remedy)
         if len(found) > 1:
             raise _fault(f'column "{_plain(wanted)}" is there {len(found)} times', "rename or remove one")
         places[wanted] = found[0]
