@@ -263,7 +263,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     with _inspected(site) as ledger:
         planned = forecast(site, arguments.study, ledger)
     report(arguments.json, planned, in_words(planned))
-    return ExitStatus.HANDLED
+    return ExitStatus.POLICY if planned["refusals"] else ExitStatus.HANDLED
 
 
 def _withdraw(arguments: argparse.Namespace) -> int:

@@ -163,7 +163,7 @@ def test_plan_of_a_study_above_the_cap_says_how_many_attempts_fit(federation):
     before = federation.listing()
     outcome = call(main, ["plan", federation.study, "--config", federation.config, "--json"])
     forecast = json.loads(outcome.out)
-    assert outcome.status == 0
+    assert outcome.status == 3
     assert "MF-501" in forecast["refusals"][0]
     assert 0 < forecast["attempts_that_fit"] < forecast["attempts"] == 5
     assert federation.listing() == before
@@ -419,7 +419,7 @@ BAD_APPROVALS = {
     "few hospitals": (_in_config("min_hospitals = 3", "min_hospitals = 4"), 140, 3, "3 hospitals are fewer"),
     "few colluders": (_in_config("min_colluders = 1", "min_colluders = 2"), 141, 3, "min_colluders"),
     # the data
-    "NaN": (_in_data("north-3,33,no", "north-3,nan,no"), 301, 2, "row 4, column age"),
+    "NaN": (_in_data("north-3,33,no", "north-3,nan,no"), 301, 2, "row 5, column age"),
     "infinite value": (_in_data("north-3,33,no", "north-3,1e999,no"), 301, 2, "not finite"),
     "out of range": (_in_data("north-3,33,no", "north-3,333,no"), 301, 2, "outside [0, 120] years"),
     "no level": (_in_data("north-3,33,no", "north-3,33,maybe"), 301, 2, "none of the study's levels"),
