@@ -17,7 +17,7 @@ from medfed.simulations.rehearsal import Ports, Rehearsal, lay_out
 
 ROUNDS, SPARES = 8, 2
 NAMES = ["hospital-1", "hospital-2", "hospital-3"]
-GIVE_UP_S = 120.0
+GIVE_UP_S = 300.0  # a busy machine is slow, not broken
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import json
 import os
 import ssl
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +30,7 @@ def test_flower_is_the_version_the_adapters_were_read_against():
     assert flwr.__version__.startswith("1.41.")
 
 
-def test_rounds_over_tls_carry_the_bytes_and_cost_little(place, monkeypatch):
+def test_rounds_over_tls_carry_the_bytes(place, monkeypatch):
     kept = []
     stop_run = superlink.SuperLink.stop_run
 
@@ -53,8 +52,6 @@ def test_rounds_over_tls_carry_the_bytes_and_cost_little(place, monkeypatch):
     assert result["answers"] == [[[0, f"h0:round {i}"], [1, f"h1:round {i}"]] for i in range(6)]
     assert not result["token_in_argv"]
     assert len(kept) <= 4, "objects of finished messages stay in memory"  # the last replies' may be under way
-    # measured 0.17-0.21 s with two hospitals; the bound is wide for a busy machine, Flower's own parts take over 3 s
-    assert statistics.median(result["seconds"]) < 1.0
     assert set(proxy.seen) == {f"CONNECT localhost:{place.port}"}
     assert not (place.folder / "flower-home").exists(), "Flower wrote something"
 
