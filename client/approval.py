@@ -16,7 +16,7 @@ from medfed.client.ledger import Approval, ApprovalOutlook, Caps, Ledger
 from medfed.client.site import Site
 from medfed.client.trainer import number_patients
 from medfed.errors import ConfigError, DataError, PrivacyError
-from medfed.identity import Identity, fingerprint
+from medfed.identity import fingerprint
 from medfed.models import catalogue, parameters
 from medfed.models.records import Records
 from medfed.privacy.plan import Plan, make_plan
@@ -228,11 +228,3 @@ def _read_study(data: bytes, study_hash: bytes) -> Study:
     if study.hash() != study_hash:
         raise PrivacyError(124, "the approved study was changed on disk", "approve it again")
     return study
-
-
-def own_enrolment(site: Site, identity: Identity) -> Enrolment:
-    """This hospital's public document; MF-144 if it is another identity's."""
-    document = load_enrolment(site.seams.files, site.enrolment_path)
-    if document.public != identity.public:
-        raise PrivacyError(144, "enrolment.json is not of this identity", "make it anew with medfed-client enrolment")
-    return document
