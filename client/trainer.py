@@ -51,7 +51,7 @@ def gradient_sum(
     lots = Keystream(sampling_key[32:])
     keep = sampled[patients.unit] & _within_cap(patients, study.data.max_records_per_patient, lots)
     chosen = np.flatnonzero(keep)
-    # float64: what is left of rounding (norms, factors, the order of adding patients up) is some 1e-12 of C
+    # float64: what is left of rounding (norms, factors, the order of adding patients up) is far inside the clip's margin
     precise = copy.deepcopy(model).double()
     parameters.assign(precise, weights)
     return clipped_sum(

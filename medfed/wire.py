@@ -6,7 +6,8 @@ SHA-256 of everything before it. A frame that is longer, shorter, of another ver
 is refused with a code; no other exception leaves ``decode``.
 
 What a hospital may send (the whole list): ``OfferReply``, ``Upload``, ``StateAccepted``, ``Finished``, ``Refusal``.
-Their lengths depend on the study alone, never on patients.
+Their lengths depend on the study alone, never on patients. Flower carries them and adds its own: node id, times, and, where
+a request could not be answered at all, the class name of the exception instead of a frame (docs/trust.md).
 """
 
 from __future__ import annotations

@@ -50,7 +50,9 @@ def clipped_sum(
     ``max_batch``: records processed at once (fewer where their gradients would pass 512 MiB); a patient is never split,
     so one with more records is a batch of its own.
 
-    *Guarantees* One patient in or out moves the result by at most C in L2 norm, however many records; a patient with
+    *Guarantees* One patient in or out moves the result by at most C in L2 norm, however many records, provided that model
+    and losses give a record the same bits in every batch (the catalogue's do: models/rowwise.py, models/tasks.py; torch's own
+    layers do not, and chosen weights can make that count); a patient with
     a non-finite gradient contributes zero; no patients give zeros; ``model`` is left as it was.
     Raises ``UnsupportedModel`` (MF-160) for layers or losses that couple records, ``LocalProtocolError`` (MF-180)
     for arguments that do not fit together.
