@@ -7,11 +7,13 @@ from typing import TypedDict
 
 from medfed.client.approval import Review, coordinator_fingerprint
 from medfed.client.ledger import ApprovalOutlook, Caps
+from medfed.data_contract import Feature, NumericFeature
 from medfed.display import block, shown
+from medfed.model_choice import described
 from medfed.privacy.plan import Plan
 from medfed.privacy.secagg.protocol import OFFER_BYTES, AggregatorConfig
 from medfed.privacy.statement import statement
-from medfed.study import Feature, NumericFeature, Study
+from medfed.study import Study
 from medfed.wire import upload_size_bytes
 
 
@@ -110,7 +112,7 @@ def card(reviewed: Review, outlook: ApprovalOutlook, caps: Caps, *, coordinator_
         classes=study.task.classes,
         columns=[_column(feature) for feature in study.data.features],
         max_records_per_patient=study.data.max_records_per_patient,
-        model=" ".join([study.model.name, *map(str, study.model.hidden)]),
+        model=described(study.model),
         parameters=plan.words,
         records=len(patients),
         patients=len(set(patients)),

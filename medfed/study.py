@@ -15,16 +15,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from medfed.data_contract import Column, DataContract, Finite, Scale
 from medfed.errors import ConfigError, PrivacyError
+from medfed.model_choice import READS, ModelChoice, Sha256
 from medfed.seams import Files
 from medfed.toml_files import StrictModel, load
 from medfed.wire import enc
 
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")]
-Column = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z_][A-Za-z0-9_ .-]*$")]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e12, le=1e12)]
-Scale = Annotated[float, Field(gt=1e-12, le=1e12, allow_inf_nan=False)]
 
 
 class Header(StrictModel):
@@ -59,93 +57,6 @@ class Task(StrictModel):
     def outputs(self) -> int:
         """Number of logits: 1 for a binary task, else one a class."""
         return 1 if self.kind == "binary" else self.classes
-
-
-class NumericFeature(StrictModel):
-    """A number: ``(value - center) / scale`` enters the model. All constants are public, never computed from patients.
-
-    A value outside [minimum, maximum] is an error (``outside = "refuse"``) or set to the nearer bound (``"clip"``). A
-    missing value is an error unless ``missing`` names the public value that stands for it.
-    """
-
-    name: Column
-    kind: Literal["number"]
-    unit: Annotated[str, Field(max_length=32)]
-    minimum: Finite
-    maximum: Finite
-    center: Finite
-    scale: Scale
-    outside: Literal["refuse", "clip"]
-    missing: Finite | None = None
-
-    @model_validator(mode="after")
-    def _ordered(self) -> NumericFeature:
-        if self.minimum >= self.maximum:
-            raise ValueError("minimum must lie below maximum")
-        return self
-
-    @property
-    def width(self) -> int:
-        return 1
-
-
-class CategoryFeature(StrictModel):
-    """A category: one indicator for each level after the first, each entered as ``(indicator - center) / scale``."""
-
-    name: Column
-    kind: Literal["category"]
-    levels: Annotated[list[Annotated[str, Field(min_length=1, max_length=64)]], Field(min_length=2, max_length=256)]
-    center: Finite
-    scale: Scale
-    missing: str | None = None
-
-    @model_validator(mode="after")
-    def _distinct(self) -> CategoryFeature:
-        if len(set(self.levels)) != len(self.levels):
-            raise ValueError("levels must differ")
-        if self.missing is not None and self.missing not in self.levels:
-            raise ValueError("missing must be one of the levels")
-        return self
-
-    @property
-    def width(self) -> int:
-        return len(self.levels) - 1
-
-
-Feature = Annotated[NumericFeature | CategoryFeature, Field(discriminator="kind")]
-
-
-class DataContract(StrictModel):
-    """What a record must look like at every hospital."""
-
-    max_records_per_patient: Annotated[int, Field(ge=1, le=10_000)]
-    features: Annotated[list[Feature], Field(min_length=1, max_length=10_000)]
-
-    @model_validator(mode="after")
-    def _distinct(self) -> DataContract:
-        names = [feature.name for feature in self.features]
-        if len(set(names)) != len(names):
-            raise ValueError("a feature is listed twice")
-        return self
-
-    @property
-    def inputs(self) -> int:
-        """Number of values of one encoded record."""
-        return sum(feature.width for feature in self.features)
-
-
-class ModelChoice(StrictModel):
-    """A model of the closed catalogue and the hash of the safetensors file of its first weights."""
-
-    name: Literal["logistic-regression", "mlp"]
-    hidden: Annotated[list[Annotated[int, Field(ge=1, le=4096)]], Field(max_length=8)]
-    first_model_sha256: Sha256
-
-    @model_validator(mode="after")
-    def _layers(self) -> ModelChoice:
-        if (self.name == "mlp") != bool(self.hidden):
-            raise ValueError("an mlp names its hidden layers, a logistic-regression has none")
-        return self
 
 
 class Momentum(StrictModel):
@@ -251,6 +162,14 @@ class Study(StrictModel):
     quantization: Quantization
     cohort: Cohort
     deadlines: Deadlines
+
+    @model_validator(mode="after")
+    def _fits(self) -> Study:
+        if self.model.first_model_sha256 is None:
+            raise ValueError("model.first_model_sha256 is missing")
+        if self.data.kind not in READS[self.model.name]:
+            raise ValueError(f"{self.model.name} does not take records of kind {self.data.kind}")
+        return self
 
     def canonical_bytes(self) -> bytes:
         """The one byte form of this study: JSON, keys sorted, shortest round-trip numbers, ASCII."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import nn
 
+from medfed.errors import ConfigError
 from medfed.models.tabular import logistic_regression, mlp
 from medfed.study import Study
 
-_Constructor = Callable[[int, int, list[int]], nn.Module]
-
-CATALOGUE: dict[str, _Constructor] = {"logistic-regression": logistic_regression, "mlp": mlp}
-
 
 def build(study: Study) -> nn.Module:
-    """The study's model with freshly initialised weights; inputs float32[n, p] -> logits float32[n, outputs]."""
-    return CATALOGUE[study.model.name](study.data.inputs, study.task.outputs, list(study.model.hidden))
+    """The study's model with freshly initialised weights: records [n, *study.data.shape] -> logits float[n, outputs]."""
+    outputs = study.task.outputs
+    match study.model.name:
+        case "logistic-regression":
+            return logistic_regression(study.data.inputs, outputs)
+        case "mlp":
+            return mlp(study.data.inputs, outputs, list(study.model.hidden))
+    raise ConfigError(203, f"model {study.model.name} is not built yet", "choose another")

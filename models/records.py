@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from medfed.data_contract import CategoryFeature, NumericFeature
 from medfed.errors import DataError
-from medfed.study import CategoryFeature, NumericFeature, Study
+from medfed.study import Study
 
 MISSING = frozenset({"", "?", "NA", "N/A", "na", "n/a", "nan", "NaN", "NAN", "null", "NULL", "None"})
 

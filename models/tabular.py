@@ -9,7 +9,7 @@ from torch import nn
 from medfed.models.rowwise import RowLinear
 
 
-def logistic_regression(inputs: int, outputs: int, hidden: list[int]) -> nn.Module:
+def logistic_regression(inputs: int, outputs: int) -> nn.Module:
     """One linear layer, begun at zero: the loss is convex, so a random start would only add noise."""
     layer = RowLinear(inputs, outputs)
     nn.init.zeros_(layer.weight)

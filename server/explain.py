@@ -9,6 +9,7 @@ from typing import TypedDict
 from medfed.advance import divisor
 from medfed.display import block, shown
 from medfed.errors import PrivacyError
+from medfed.model_choice import described
 from medfed.models import catalogue, parameters
 from medfed.privacy.plan import make_plan
 from medfed.privacy.statement import statement
@@ -71,7 +72,7 @@ def check(study: Study, roster: Roster | None, wall_s: float) -> StudyCheck:
         purpose=study.study.purpose,
         expires=study.study.expires,
         expired=study.expired(wall_s),
-        model=" ".join([study.model.name, *map(str, study.model.hidden)]),
+        model=described(study.model),
         parameters=plan.words,
         hospitals=study.cohort.hospitals,
         colluders=study.cohort.colluders,

@@ -9,18 +9,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
+from medfed.data_contract import DataContract
 from medfed.display import shown
 from medfed.errors import ConfigError, PrivacyError
+from medfed.model_choice import ModelChoice
 from medfed.models import catalogue, parameters
 from medfed.privacy import plan as plans
 from medfed.roster import Roster
 from medfed.seams import Files
 from medfed.study import (
     Cohort,
-    DataContract,
     Deadlines,
     Header,
-    ModelChoice,
     Privacy,
     Quantization,
     Study,
@@ -33,13 +33,6 @@ TEMPLATES = Path(__file__).parent / "templates"
 FEWEST_HOSPITALS = 3
 
 
-class ModelShape(StrictModel):
-    """A model of the catalogue, before its first weights exist."""
-
-    name: Literal["logistic-regression", "mlp"]
-    hidden: Annotated[list[int], Field(max_length=8)]
-
-
 class TaskFile(StrictModel):
     """The part of a study that is medicine and optimisation: what is predicted from what, by which model.
 
@@ -49,7 +42,7 @@ class TaskFile(StrictModel):
     purpose: Annotated[str, Field(min_length=1, max_length=500)]
     task: Task
     data: DataContract
-    model: ModelShape
+    model: ModelChoice
     training: Training
     sampling_rate: Annotated[float, Field(gt=0.0, le=1.0)]
     clipping_norm: Annotated[float, Field(gt=0.0, le=1000.0)]
@@ -108,7 +101,7 @@ def plan_study(task: TaskFile, decisions: Decisions, roster: Roster) -> tuple[St
             study=Header(format=1, name=decisions.name, purpose=task.purpose, expires=decisions.expires),
             task=task.task,
             data=task.data,
-            model=ModelChoice(name=task.model.name, hidden=task.model.hidden, first_model_sha256="0" * 64),
+            model=task.model.model_copy(update={"first_model_sha256": "0" * 64}),
             training=task.training,
             privacy=Privacy(
                 unit=decisions.unit,
