@@ -29,7 +29,12 @@ federation: install
 test: install
 	$(BIN)/python -m pytest
 
-soak: install
+# Flower's own simulation engine, for its test
+$(VENV)/.ray: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
+	touch $@
+
+soak: install $(VENV)/.ray
 	$(BIN)/python -m pytest -m soak
 
 lint: install
@@ -49,7 +54,9 @@ docs: install
 	$(BIN)/python tests/hall/test_docs.py
 
 bench: install
-	$(BIN)/python -m medfed.simulations.benchmarks.rounds --json
+	$(BIN)/python -m medfed.simulations.benchmarks rounds --json
+	$(BIN)/python -m medfed.simulations.benchmarks federation --json
+	$(BIN)/python -m medfed.simulations.benchmarks simulation --json
 
 clean:
 	rm -rf $(VENV) .typing build dist

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from medfed.advance import first_state
 from medfed.client.approved import Approved
+from medfed.client.compute import Compute
 from medfed.client.ledger import Approval, ApprovalOutlook, Caps, Ledger
 from medfed.client.site import Site
 from medfed.client.trainer import number_patients
@@ -178,7 +179,7 @@ def _ledger_approval(site: Site, reviewed: Review) -> Approval:
         study=study.hash(),
         name=study.study.name,
         roster=reviewed.roster.hash(),
-        first_model=bytes.fromhex(study.model.first_model_sha256),
+        first_model=bytes.fromhex(study.model.first_model_sha256 or ""),
         mechanism=reviewed.plan.mechanism,
         attempts=reviewed.plan.attempts,
         delta=study.privacy.delta,
@@ -189,7 +190,7 @@ def _ledger_approval(site: Site, reviewed: Review) -> Approval:
 
 
 def load_approved(site: Site, study_hash: bytes, ledger: Ledger) -> Approved:
-    """What was approved under ``study_hash``, every pin checked again, with today's data.
+    """What was approved under ``study_hash``, every pin checked again, with today's data; to be computed on the processor.
 
     Raises: MF-124 if a file changed, MF-340 if there are patients that were not in the approval's snapshot.
     """
@@ -201,7 +202,7 @@ def load_approved(site: Site, study_hash: bytes, ledger: Ledger) -> Approved:
         raise PrivacyError(124, "the approved first model was changed on disk", "approve the study again")
     site.config.policy.admit(study)  # it may have been tightened since
     model = catalogue.build(study)
-    first = first_state(parameters.from_safetensors(model, model_file))
+    first = first_state(parameters.from_safetensors(model, model_file), study)
     records = site.read_records(study)
     if not ledger.patients(study_hash).issuperset(site.keyed_hashes(records.patients)):
         raise PrivacyError(340, "there are patients that were not in the data when it was approved", "restore the data")
@@ -217,6 +218,7 @@ def load_approved(site: Site, study_hash: bytes, ledger: Ledger) -> Approved:
         patients=number_patients(study, records.subset(~held_out)),
         holdout=records.subset(held_out),
         folder=folder,
+        compute=Compute(),
     )
 
 

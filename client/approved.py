@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from medfed.advance import ModelState
+from medfed.client.compute import Compute
 from medfed.client.trainer import Patients
 from medfed.models.records import Records
 from medfed.privacy.plan import Plan
@@ -28,3 +29,9 @@ class Approved:
     patients: Patients
     holdout: Records
     folder: Path
+    compute: Compute
+
+    @property
+    def nominal_patients(self) -> int:
+        """What this hospital declared: public, and never exactly what it has."""
+        return self.roster.hospitals[self.position].nominal_patients

@@ -63,7 +63,26 @@ def build_parser() -> Parser:
     run = commands.add_parser("run", help="take part in every approved study until stopped")
     run.add_argument("file", type=Path, nargs="?", help="hospital.toml, the same as --config")
     run.add_argument("--once", action="store_true", help="give up when the coordinator cannot be reached at first")
+    run.add_argument(
+        "--bridge",
+        type=Path,
+        metavar="SOCKET",
+        help="answer Flower's stock SuperNode at this Unix socket and open no connection (docs/flower.md)",
+    )
     _add_config(run, _run)
+    status = commands.add_parser(
+        "status",
+        help="show how the hospital stands (exit status 6: not running)",
+        description="Exit status 0 if its process runs, connected or not; 6 if not: the budget is shown all the same.",
+    )
+    _add_json(status)
+    _add_config(status, _status)
+    stop = commands.add_parser(
+        "stop",
+        help="end the running hospital once the attempt under way is sealed",
+        description="Ask the process that runs in this folder to end and wait for it. Exit status 0 if none runs, too.",
+    )
+    _add_config(stop, _stop)
     ledger = commands.add_parser("ledger", help="show every row of the privacy ledger")
     ledger.add_argument("--verify", action="store_true", help="check every row and signature instead")
     _add_json(ledger)
@@ -104,6 +123,9 @@ def _add_init(commands: argparse._SubParsersAction[Parser]) -> None:
         "--coordinator-fingerprint", metavar="HEX", help="as its people read it to you; approve then checks it (MF-149)"
     )
     init.add_argument("--proxy", metavar="URL", help="HTTP proxy for the one outbound connection")
+    init.add_argument("--images", type=Path, metavar="FOLDER", help="grey PNG files that a column of the records names")
+    init.add_argument("--series", type=Path, metavar="FILE", help="measurements over time, one row a time (CSV)")
+    init.add_argument("--record-column", metavar="COL", help="tells a patient's records apart, in records and series")
     init.add_argument(
         "--holdout", type=float, default=0.0, metavar="F", help="share of patients that never train (0 to 0.5)"
     )
@@ -143,6 +165,9 @@ def _init(arguments: argparse.Namespace) -> int:
         data=_within(folder, arguments.data),
         patient_column=arguments.patient_column,
         holdout=arguments.holdout,
+        images=None if arguments.images is None else _within(folder, arguments.images),
+        series=None if arguments.series is None else _within(folder, arguments.series),
+        record_column=arguments.record_column,
         max_epsilon_study=arguments.max_epsilon_study,
         max_epsilon_lifetime=arguments.max_epsilon_lifetime,
         lifetime_delta=arguments.lifetime_delta,
@@ -221,7 +246,23 @@ def _run(arguments: argparse.Namespace) -> int:
     from medfed.client.daemon import run_hospital
     from medfed.seams import system_seams
 
-    return run_hospital(arguments.file or arguments.config, system_seams(), stop, once=arguments.once)
+    config = arguments.file or arguments.config
+    return run_hospital(config, system_seams(), stop, once=arguments.once, bridge=arguments.bridge)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from medfed.client.status import in_words, status
+
+    found = status(_site(arguments))
+    report(arguments.json, found, in_words(found))
+    return ExitStatus.HANDLED if found["running"] else ExitStatus.ENVIRONMENT
+
+
+def _stop(arguments: argparse.Namespace) -> int:
+    from medfed.client.status import stop
+
+    say("Stopped." if stop(_site(arguments)) else "Not running.")
+    return ExitStatus.HANDLED
 
 
 def _ledger(arguments: argparse.Namespace) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from typing import TypedDict
 
 from medfed.client.approval import Review, coordinator_fingerprint
 from medfed.client.ledger import ApprovalOutlook, Caps
-from medfed.data_contract import Feature, NumericFeature
+from medfed.data_contract import DataContract, Feature, NumericFeature, Series, Text, Variable
 from medfed.display import block, shown
 from medfed.model_choice import described
 from medfed.privacy.plan import Plan
@@ -26,6 +27,8 @@ class Cost(TypedDict):
     delta: float
     rounds: int
     spare_attempts: int
+    local_steps: int
+    statistics_attempts: int
     max_epsilon_study: float
 
 
@@ -66,6 +69,7 @@ class Card(TypedDict):
     label: str
     classes: int
     columns: list[str]
+    series: list[str]
     max_records_per_patient: int
     model: str
     parameters: int
@@ -90,11 +94,13 @@ def cost(study: Study, plan: Plan, caps: Caps) -> Cost:
     """What the study alone costs a patient."""
     return Cost(
         epsilon=plan.epsilon,
-        epsilon_without_spares=plan.epsilon_after(study.training.rounds),
+        epsilon_without_spares=plan.epsilon_after(study.released_sums),
         epsilon_own_noise_alone=plan.own_epsilon,
         delta=plan.delta,
         rounds=study.training.rounds,
         spare_attempts=study.training.spare_attempts,
+        local_steps=plan.events_per_attempt,
+        statistics_attempts=0 if study.statistics is None else study.statistics.attempts,
         max_epsilon_study=caps.max_epsilon_study,
     )
 
@@ -110,7 +116,8 @@ def card(reviewed: Review, outlook: ApprovalOutlook, caps: Caps, *, coordinator_
         expires=study.study.expires,
         label=study.task.label,
         classes=study.task.classes,
-        columns=[_column(feature) for feature in study.data.features],
+        columns=list(_columns(study.data)),
+        series=[] if study.data.series is None else list(_series(study.data.series)),
         max_records_per_patient=study.data.max_records_per_patient,
         model=described(study.model),
         parameters=plan.words,
@@ -151,12 +158,49 @@ def _participants(reviewed: Review) -> list[Participant]:
 
 
 def _leaving(reviewed: Review) -> Leaving:
-    study, roster, words = reviewed.study, reviewed.roster, reviewed.plan.words
+    study, roster, words = reviewed.study, reviewed.roster, reviewed.plan.ring_words
     session = AggregatorConfig(
         study.hash(), roster.hash(), roster.identities, study.cohort.colluders, words, reviewed.plan.ring_bits
     )
     upload = upload_size_bytes(session.upload_bytes)
     return Leaving(key_offer_bytes=OFFER_BYTES, upload_bytes_per_round=upload, values=words)
+
+
+def _columns(data: DataContract) -> Iterator[str]:
+    yield from (_column(feature) for feature in data.features)
+    if data.image is not None:
+        size = f"{data.image.height} x {data.image.width} pixels (height x width)"
+        other = "is brought to it by averaging" if data.image.resize == "area" else "is an error"
+        yield f"{data.image.column}: the image it names, grey, {size}; another size {other}; nothing else of the file"
+    if data.text is not None:
+        yield f"{data.text.column}: {_text(data.text)}"
+
+
+def _text(text: Text) -> str:
+    if text.tokens == "bytes":
+        return f"a text, its first {text.length} bytes"
+    return (
+        f"a text, its first {text.length} words, each as one of {text.buckets} numbers by its hash; "
+        "no list of words is made"
+    )
+
+
+def _series(series: Series) -> Iterator[str]:
+    """What is read at all, then every variable with its bounds, by what becomes of a value outside them."""
+    absent = "the last one before it" if series.fill == "forward" else "its center"
+    yield (
+        f"measurements over time: {len(series.variables)} variables, in {series.steps} steps of {series.step_hours:g} h; "
+        f"several in a step are averaged, in a step without one counts {absent}"
+    )
+    for outside, becomes in (("refuse", "is an error"), ("clip", "counts as the bound")):
+        listed = [_variable(variable) for variable in series.variables if variable.outside == outside]
+        if listed:
+            yield f"outside {becomes}: {'; '.join(listed)}"
+
+
+def _variable(variable: Variable) -> str:
+    unit = f" {variable.unit}" if variable.unit else ""
+    return f"{variable.name} {variable.minimum:g} to {variable.maximum:g}{unit}"
 
 
 def _column(feature: Feature) -> str:
@@ -185,6 +229,9 @@ def _what(asked: Card) -> Iterator[str]:
     yield ""
     yield f"It reads from your records, at most {asked['max_records_per_patient']} of a patient:"
     yield from (f"  - {shown(column)}" for column in asked["columns"])
+    for place, paragraph in enumerate(asked["series"]):
+        first, later = ("    | ", "    | ") if place else ("  - ", "    ")
+        yield from textwrap.wrap(shown(paragraph), 100, initial_indent=first, subsequent_indent=later)
     yield f"  - {shown(asked['label'])}: what is predicted, one of {asked['classes']} classes"
     yield (
         f"Your data fit: {asked['records']} records of {asked['patients']} patients, "
@@ -201,6 +248,13 @@ def _cost(asked: Card) -> Iterator[str]:
         f"{_figure(price['epsilon_without_spares'])} if no spare is needed; your cap for a study is "
         f"{price['max_epsilon_study']:g}"
     )
+    if price["statistics_attempts"]:
+        yield (
+            f"  that counts {price['statistics_attempts']} noised sums over all your training patients before round 1: mean and "
+            "scale of the numbers above"
+        )
+    if price["local_steps"] > 1:
+        yield f"  that counts {price['local_steps']} private steps here in every round; only what they come to leaves"
     yield (
         f"  these patients' lifetime: {_figure(lifetime['before'])} before, {_figure(lifetime['after'])} with this study; "
         f"your cap is {lifetime['cap']:g} (delta {lifetime['delta']:g})"

@@ -99,7 +99,7 @@ def _approval(site: Site, study: Study, plan: Plan) -> Approval:
         study=study.hash(),
         name=study.study.name,
         roster=bytes.fromhex(study.cohort.roster_sha256),
-        first_model=bytes.fromhex(study.model.first_model_sha256),
+        first_model=bytes.fromhex(study.model.first_model_sha256 or ""),
         mechanism=plan.mechanism,
         attempts=plan.attempts,
         delta=study.privacy.delta,
@@ -132,6 +132,10 @@ def in_words(planned: Forecast) -> Iterator[str]:
         f"{price['epsilon_without_spares']:.4g} without spares (delta {price['delta']:g}, cap "
         f"{price['max_epsilon_study']:g})"
     )
+    if price["statistics_attempts"]:
+        yield f"  counting {price['statistics_attempts']} noised sums over all patients before round 1"
+    if price["local_steps"] > 1:
+        yield f"  counting {price['local_steps']} private steps here in every round"
     yield f"  epsilon {price['epsilon_own_noise_alone']:.4g} by this hospital's noise alone"
     if lifetime is not None:
         yield (

@@ -21,6 +21,7 @@ from medfed.wire import (
     check_signature,
     decode,
     encode,
+    frame_limit_bytes,
 )
 
 log = logging.getLogger("medfed.client")
@@ -35,8 +36,18 @@ class Hospital:
     def __init__(self, identity: Identity, participations: Iterable[Participation]) -> None:
         self._identity = identity
         self._studies = {part.study_hash: part for part in participations}
-        words = max((part.approved.plan.words for part in self._studies.values()), default=0)
-        self._vector_limit = state_size_bytes(words)
+        known = [part.approved for part in self._studies.values()]
+        self._vector_limit = max((state_size_bytes(each.study, each.plan.words) for each in known), default=0)
+
+    @property
+    def frame_limit_bytes(self) -> int:
+        """Longest request that a study approved here has a use for."""
+        return frame_limit_bytes(self._vector_limit)
+
+    @property
+    def participations(self) -> tuple[Participation, ...]:
+        """Its part in every study it answers for."""
+        return tuple(self._studies.values())
 
     @property
     def studies(self) -> list[str]:

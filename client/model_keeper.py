@@ -11,14 +11,16 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from medfed.advance import (
+    Integers,
     ModelState,
     advance,
     parse_state,
     released_weights,
-    state_bytes,
     state_hash,
+    state_pieces,
     state_size_bytes,
 )
 from medfed.client.approved import Approved
@@ -27,16 +29,30 @@ from medfed.errors import MedfedError, ProtocolError, RemoteProtocolError
 from medfed.identity import SIGNATURE_BYTES, Identity, verify
 from medfed.models import parameters, tasks
 from medfed.seams import Files
+from medfed.study import Study
 from medfed.wire import Refused, StateTransfer, state_statement
 
 log = logging.getLogger("medfed.client")
+
+
+class Advance(Protocol):
+    """``medfed.advance.advance``, or what gives the same bits."""
+
+    def __call__(
+        self, state: ModelState, total: Integers, study: Study, *, grid_exponent: int, nominal_patients: int
+    ) -> ModelState: ...
 
 
 class ModelKeeper:
     """Holds the state of one approved study; every change is on disk before it is used."""
 
     def __init__(
-        self, approved: Approved, identity: Identity, files: Files, uploaded_in_round: Callable[[int], bool]
+        self,
+        approved: Approved,
+        identity: Identity,
+        files: Files,
+        uploaded_in_round: Callable[[int], bool],
+        step: Advance = advance,
     ) -> None:
         """``uploaded_in_round(r)``: whether this hospital's last upload was one of round r = 1, 2, ..."""
         self._approved = approved
@@ -44,11 +60,12 @@ class ModelKeeper:
         self._identity = identity
         self._files = files
         self._uploaded_in_round = uploaded_in_round
+        self._step = step
         self.state = self._load()
 
     @property
     def is_final(self) -> bool:
-        return self.state.completed_rounds >= self._approved.study.training.rounds
+        return self.state.completed_rounds >= self._approved.study.released_sums
 
     def attestation(self) -> bytes:
         """This hospital's signature over its state."""
@@ -60,7 +77,7 @@ class ModelKeeper:
     def _statement(self, state: ModelState) -> bytes:
         return state_statement(self._study_hash, state.completed_rounds, state_hash(self._study_hash, state))
 
-    def catch_up(self, completed_rounds: int, total: bytes, named_hash: bytes) -> bool:
+    def catch_up(self, completed_rounds: int, total: bytes | memoryview, named_hash: bytes) -> bool:
         """Bring the state to ``completed_rounds`` by this hospital's own arithmetic; it must get the hash named.
 
         Returns whether it changed. Raises ``Refuse``; the state is then as before.
@@ -79,23 +96,24 @@ class ModelKeeper:
             self._keep(state)
         return changed
 
-    def _advanced(self, state: ModelState, total: bytes) -> ModelState:
+    def _advanced(self, state: ModelState, total: bytes | memoryview) -> ModelState:
         study, plan = self._approved.study, self._approved.plan
         try:
             integers = plan.read_total(total)
         except ProtocolError as error:
             raise Refuse(Refused.STATE_MISMATCH, str(error)) from error
         nominal = self._approved.roster.nominal_patients
-        return advance(state, integers, study, grid_exponent=plan.exponent, nominal_patients=nominal)
+        exponent = plan.grid_exponent(state.completed_rounds)
+        return self._step(state, integers, study, grid_exponent=exponent, nominal_patients=nominal)
 
     def take(self, request: StateTransfer) -> None:
         """Accept a later state only with the signatures of c + 1 hospitals: at least one of them is honest."""
         try:
-            state = parse_state(request.state, self._approved.plan.words)
+            state = parse_state(request.state, self._approved.study, self._approved.plan.words)
             self._check_attestations(request, state)
         except RemoteProtocolError as error:
             raise Refuse(Refused.SIGNATURES, str(error)) from error
-        if not self.state.completed_rounds < state.completed_rounds <= self._approved.study.training.rounds:
+        if not self.state.completed_rounds < state.completed_rounds <= self._approved.study.released_sums:
             raise Refuse(Refused.OUT_OF_ORDER, f"a state of round {state.completed_rounds} is not wanted here")
         self._keep(state)
 
@@ -120,7 +138,7 @@ class ModelKeeper:
 
     def _keep(self, state: ModelState) -> None:
         """Write the state with this hospital's signature, then use it."""
-        self._files.write(self._path, state_bytes(state) + self._sign(state))
+        self._files.write(self._path, (*state_pieces(state), self._sign(state)))
         self.state = state
 
     def _load(self) -> ModelState:
@@ -130,10 +148,10 @@ class ModelKeeper:
         """
         if not self._files.exists(self._path):
             return self._approved.first
-        words = self._approved.plan.words
+        study, words = self._approved.study, self._approved.plan.words
         try:
-            data = self._files.read(self._path, limit_bytes=state_size_bytes(words) + SIGNATURE_BYTES)
-            state = parse_state(data[:-SIGNATURE_BYTES], words)
+            data = self._files.read(self._path, limit_bytes=state_size_bytes(study, words) + SIGNATURE_BYTES)
+            state = parse_state(data[:-SIGNATURE_BYTES], study, words)
             verify(self._identity.public, data[-SIGNATURE_BYTES:], self._statement(state))
         except MedfedError as error:
             log.warning("the model state on disk is not usable and will be asked for again: %s", error)

@@ -6,6 +6,7 @@ retries, heartbeats and polling, because Flower's may end or signal the process 
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from collections.abc import Callable
@@ -41,7 +42,9 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from medfed.client.channel import GuardedTransport, name_fault, trust
+from medfed.client.connection import Connection
 from medfed.errors import EnvironmentFault, MedfedError, RemoteProtocolError, TransportError
+from medfed.flower_pieces import BODY_LIMIT_BYTES, FRAMES_LIMIT_BYTES, PIECE_BYTES, Incoming, cut
 from medfed.seams import Files, Seams
 
 hush()
@@ -86,8 +89,8 @@ class NodeSettings:
     """URL of an HTTP proxy; the environment's proxies are never used."""
     once: bool = False
     """Give up (MF-610) if the coordinator cannot be reached at first, instead of waiting for it."""
-    limit_bytes: int = 1 << 30
-    """Largest answer of the coordinator."""
+    limit_bytes: int = FRAMES_LIMIT_BYTES
+    """Longest frame of the coordinator: it follows from the approved studies."""
 
 
 def make_client_app(handle: Callable[[bytes], bytes]) -> ClientApp:
@@ -111,14 +114,6 @@ def _payload(content: RecordDict) -> bytes:
         if isinstance(payload, bytes):
             return payload
     raise RemoteProtocolError(103, "a Flower message does not carry medfed's bytes", "refused; ask the coordinator")
-
-
-def _record_id(tree: ObjectTree) -> str:
-    """Flower's id of the config record in a message's tree: message, record dict, config record."""
-    if len(tree.children) != 1 or len(tree.children[0].children) != 1:
-        raise RemoteProtocolError(103, "a Flower message does not have medfed's shape", "refused; ask the coordinator")
-    leaf: str = tree.children[0].children[0].object_id
-    return leaf
 
 
 class _Versions:
@@ -170,8 +165,18 @@ def _refusal(error: Exception, server: str) -> TransportError:
 class Node:
     """One hospital's connection. ``run_forever`` blocks; all else is internal."""
 
-    def __init__(self, settings: NodeSettings, handle: Callable[[bytes], bytes], seams: Seams) -> None:
-        """Read key and authority. Raises ``EnvironmentFault`` (MF-210, MF-211, MF-606); connects to nothing."""
+    def __init__(
+        self,
+        settings: NodeSettings,
+        handle: Callable[[bytes], bytes],
+        seams: Seams,
+        connection: Connection | None = None,
+    ) -> None:
+        """Read key and authority. Raises ``EnvironmentFault`` (MF-210, MF-211, MF-606); connects to nothing.
+
+        ``connection`` is told whether the coordinator answers this node.
+        """
+        self._connection = connection or Connection(seams.clock)
         key = load_node_key(seams.files, settings.node_key)
         self._public_key: bytes = public_key_to_bytes(key.public_key())
         tls = trust(seams.files, settings.certificate_authority)
@@ -179,7 +184,7 @@ class Node:
             inner = seams.network.transport(tls, settings.proxy)
         except ValueError as error:
             raise TransportError(613, "the proxy's address is not a URL", "write http://host:port") from error
-        self._fleet = _Fleet(settings.server, key, GuardedTransport(inner, settings.limit_bytes))
+        self._fleet = _Fleet(settings.server, key, GuardedTransport(inner, BODY_LIMIT_BYTES))
         self._app = make_client_app(handle)
         self._settings = settings
         self._clock, self._entropy = seams.clock, seams.entropy
@@ -210,6 +215,7 @@ class Node:
             self._leave()
             if heartbeats.is_alive():
                 heartbeats.join(HEARTBEAT_S)
+            self._fleet.close()  # not earlier: a heartbeat may be about to be sent
 
     def _serve(self) -> None:
         fast_until = 0.0
@@ -221,6 +227,7 @@ class Node:
                     fast_until = self._clock.monotonic() + FAST_FOR_S
                     continue
             except _NotActive:
+                self._connection.down("the coordinator does not know this hospital's connection")
                 log.warning("the coordinator does not know this hospital's connection: connecting again")
                 self._pause(0)
                 self._activate()
@@ -247,7 +254,14 @@ class Node:
             node=self._node, run_id=run_id, message_object_id=message.metadata.message_id
         )
         self._call(self._fleet.ConfirmMessageReceived, confirm)
-        self._send(run_id, self._answer(message))
+        is_long = len(_payload(message.content)) > PIECE_BYTES
+        if is_long:
+            gc.collect()  # the pieces' requests are garbage in circles
+        reply = self._answer(message)
+        del message
+        self._send(run_id, reply)
+        if is_long:
+            gc.collect()
         return True
 
     def _answer(self, message: Message) -> Message:
@@ -270,9 +284,9 @@ class Node:
         return Message(Error(CLIENT_FAILED, reason), reply_to=message)
 
     def _receive(self, run_id: int, tree: ObjectTree) -> RecordDict:
-        """The message's one config record; its place in the tree is ours to know (medfed/flower.py)."""
-        content = self._object(run_id, _record_id(tree))
-        return RecordDict({RECORD: ConfigRecord.inflate(content)})
+        """The message's frame as one config record, in however many pieces it came (medfed/flower_pieces.py)."""
+        frame = Incoming(tree, self._settings.limit_bytes).take(lambda name: self._object(run_id, name))
+        return RecordDict({RECORD: ConfigRecord({FIELD: frame})})
 
     def _object(self, run_id: int, object_id: str) -> bytes:
         """One object; it may become available a little after its message."""
@@ -289,6 +303,8 @@ class Node:
         raise RemoteProtocolError(103, "a part of a Flower message is missing", "dropped; the coordinator sends again")
 
     def _send(self, run_id: int, reply: Message) -> None:
+        if reply.has_content():
+            reply.content = cut(_payload(reply.content))
         reply.metadata.__dict__["_message_id"] = reply.object_id
         with no_object_id_recompute():
             tree, objects = get_object_tree(reply), get_all_nested_objects(reply)
@@ -298,7 +314,9 @@ class Node:
                 message_object_trees=[tree],
             )
             pushed = self._call(self._fleet.PushMessages, request)
-            for object_id in pushed.objects_to_push:
+            wanted = set(pushed.objects_to_push)
+            # in this order: when the message's own object is there, the coordinator knows that all of it is
+            for object_id in [each for each in objects if each in wanted]:
                 part = PushObjectRequest(
                     node=self._node,
                     run_id=run_id,
@@ -319,6 +337,7 @@ class Node:
                 break
             except (_NotActive, _RunOver, httpx.HTTPStatusError) as error:
                 fault = _refusal(error, self._settings.server)
+                self._connection.down(str(fault))
                 if not self._was_active and self._clock.monotonic() - since >= ACTIVATE_WITHIN_S:
                     raise fault from error
                 if not refused:
@@ -327,6 +346,7 @@ class Node:
                 self._pause(2)
         self._lost.clear()
         self._was_active = True
+        self._connection.up()
         log.info("connected to %s", self._settings.server)
 
     def _call(self, method: Callable[[Request], Answer], request: Request) -> Answer:
@@ -335,6 +355,8 @@ class Node:
         while not self._stop.is_set():
             try:
                 answer = method(request)
+                if self._was_active:
+                    self._connection.up()
                 if tries:
                     log.info("the coordinator answers again")
                 return answer
@@ -348,6 +370,7 @@ class Node:
                 ) from error
             except httpx.HTTPStatusError as error:
                 fault = self._temporary(error)
+            self._connection.down(str(fault))
             self._end_if_hopeless(fault)
             if tries == 0:
                 log.warning("%s; trying on", fault)
@@ -385,9 +408,15 @@ class Node:
             self._clock.sleep(HEARTBEAT_S * 0.6, self._stop)
             try:
                 request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_S)
-                if not self._stop.is_set() and not self._fleet.SendNodeHeartbeat(request).success:
+                if self._stop.is_set():
+                    continue
+                if self._fleet.SendNodeHeartbeat(request).success:
+                    self._connection.up()
+                else:
                     self._lost.set()
+                    self._connection.down("the coordinator does not know this hospital's connection")
             except (httpx.HTTPError, RemoteProtocolError, ValueError) as error:
+                self._connection.down(f"no heartbeat reaches the coordinator ({type(error).__name__})")
                 log.debug("heartbeat failed: %s", type(error).__name__)
 
     def _leave(self) -> None:
@@ -397,4 +426,3 @@ class Node:
                 self._fleet.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
         except (httpx.HTTPError, RemoteProtocolError, ValueError) as error:
             log.debug("not deactivated: %s", type(error).__name__)
-        self._fleet.close()

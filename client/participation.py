@@ -13,21 +13,20 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medfed.advance import task_hash
+from medfed.advance import ModelState, advance, is_before_statistics, task_hash
 from medfed.client.approved import Approved
 from medfed.client.ledger import AttemptState, Caps, Ledger, StudyState
-from medfed.client.model_keeper import ModelKeeper
+from medfed.client.local_steps import LocalUpdate, Noise, noised_sum, private_update, weighted_words
+from medfed.client.model_keeper import Advance, ModelKeeper
 from medfed.client.refusal import Refuse
-from medfed.client.trainer import gradient_sum
+from medfed.client.statistics import statistics_sum, with_standardized_patients
 from medfed.errors import BudgetExhausted, MedfedError, ProtocolError
 from medfed.identity import Identity
-from medfed.privacy.quantize import quantize
 from medfed.privacy.secagg.party import Party
 from medfed.privacy.secagg.protocol import SecaggConfig
 from medfed.seams import Seams
@@ -48,9 +47,6 @@ from medfed.wire import (
 
 log = logging.getLogger("medfed.client")
 
-# (key of 32 fresh bytes, standard deviation in grid units, size) -> int64[size]
-Noise = Callable[[bytes, float, int], NDArray[np.int64]]
-
 
 class Participation:
     """The state machine of one approved study. Not thread-safe: the node hands it one request at a time."""
@@ -64,8 +60,14 @@ class Participation:
         seams: Seams,
         noise: Noise,
         stop: threading.Event | None = None,
+        *,
+        local_update: LocalUpdate = private_update,
+        step: Advance = advance,
     ) -> None:
-        """``stop``: ends a wait for a slot early; the reply is then not sent, but lies in the outbox."""
+        """``stop``: ends a wait for a slot early; the reply is then not sent, but lies in the outbox.
+
+        ``noise``, ``local_update`` and ``step`` (the server step) are arguments for simulations' sake.
+        """
         self.approved = approved
         self.study_hash = approved.study.hash()
         self._identity = identity
@@ -73,12 +75,14 @@ class Participation:
         self._caps = caps
         self._seams = seams
         self._noise = noise
+        self._local_update = local_update
         self._stop = stop
         self._session = b""
         self._offer_reply = b""
         self._party: Party | None = None
         self._offers: tuple[bytes, ...] | None = None
-        self._keeper = ModelKeeper(approved, identity, seams.files, self._uploaded_in_round)
+        self._standardized: tuple[bytes, Approved] | None = None
+        self._keeper = ModelKeeper(approved, identity, seams.files, self._uploaded_in_round, step)
 
     @property
     def completed_rounds(self) -> int:
@@ -119,7 +123,7 @@ class Participation:
                 position=approved.position,
                 identities=approved.roster.identities,
                 colluders=approved.study.cohort.colluders,
-                words=approved.plan.words,
+                words=approved.plan.ring_words,
                 ring_bits=approved.study.quantization.ring_bits,
             )
             party = Party(config, self._identity.sign, self._seams.entropy)
@@ -153,7 +157,7 @@ class Participation:
         party = self._party
         if party is None or request.session != self._session:
             raise Refuse(Refused.NO_SESSION, "the keys of this session are not here")
-        if request.round >= self.approved.study.training.rounds:
+        if request.round >= self.approved.study.released_sums:
             raise Refuse(Refused.OUT_OF_ORDER, "all rounds are done")
         self._accept_offers(party, request.offers)
         self._catch_up(request.round, request.total, request.state_hash)
@@ -211,7 +215,7 @@ class Participation:
             "%s: round %d of %d, attempt %d, epsilon spent %.3f",
             self.approved.study.study.name,
             request.round + 1,
-            self.approved.study.training.rounds,
+            self.approved.study.released_sums,
             request.attempt,
             debit.epsilon_after,
         )
@@ -222,8 +226,9 @@ class Participation:
         vector = self._noised_vector()
         trained = clock.monotonic()
         party.open_round(request.attempt, task_hash(self.study_hash, self._keeper.state))
-        vector_hash = hashlib.sha256(vector.astype("<i8").tobytes()).digest()
+        vector_hash = hashlib.sha256(np.ascontiguousarray(vector, "<i8").data).digest()
         masked = party.mask(vector)
+        del vector  # of a big model twice its size; what it became is all that is needed
         party.close_round()
         reply = encode(
             Upload(
@@ -237,7 +242,7 @@ class Participation:
             ),
             self._identity,
         )
-        self._seams.files.write(self._outbox_path, _binding(request) + reply, private=True)
+        self._seams.files.write(self._outbox_path, (_binding(request), reply), private=True)
         self._ledger.seal_and_release(
             self.study_hash, request.attempt, vector_hash, masked.pad_id, hashlib.sha256(reply).digest()
         )
@@ -246,17 +251,26 @@ class Participation:
         return reply
 
     def _noised_vector(self) -> NDArray[np.int64]:
-        """Clipped sum -> saturated integers + fresh integer noise, never clipped again: int64[d]."""
-        approved, plan, entropy = self.approved, self.approved.plan, self._seams.entropy
-        total = gradient_sum(
-            approved.study,
-            approved.model,
-            self._keeper.state.weights.astype(np.float32),
-            approved.patients,
-            sampling_key=entropy.draw("sampling", 64),
-        )
-        integers = quantize(total, plan.exponent, plan.limit)
-        return integers + self._noise(entropy.draw("noise", 32), plan.noise_sd, plan.words)
+        """What is masked, int64[ring_words]: statistics, a noised sum, or the update that local steps made of several."""
+        state, entropy = self._keeper.state, self._seams.entropy
+        if is_before_statistics(self.approved.study, state):
+            vector = statistics_sum(self.approved, entropy, self._noise)
+        elif self.approved.study.training.aggregate == "update":
+            approved = self._training_at(state)
+            vector = weighted_words(approved, self._local_update(approved, state.weights, entropy, self._noise))
+        else:
+            vector = noised_sum(self._training_at(state), state.weights, entropy, self._noise)
+        missing = self.approved.plan.ring_words - len(vector)  # all vectors of a study are of one length
+        return np.pad(vector, (0, missing)) if missing else vector
+
+    def _training_at(self, state: ModelState) -> Approved:
+        """The study with its patients as the model takes them now, worked out once."""
+        if not state.statistics.size:
+            return self.approved
+        wanted = state.statistics.tobytes()
+        if self._standardized is None or self._standardized[0] != wanted:
+            self._standardized = wanted, with_standardized_patients(self.approved, state.statistics)
+        return self._standardized[1]
 
     def _wait_for_slot(self, started: float) -> None:
         """Leave a whole number of slots after the request came, so that the time says nothing of the patients."""
@@ -279,7 +293,7 @@ class Participation:
             return False
         return self._ledger.charged_round(self.study_hash, attempt) == number
 
-    def _catch_up(self, completed_rounds: int, total: bytes, named_hash: bytes) -> None:
+    def _catch_up(self, completed_rounds: int, total: bytes | memoryview, named_hash: bytes) -> None:
         if self._keeper.catch_up(completed_rounds, total, named_hash):
             self._acknowledge()
 
@@ -296,7 +310,7 @@ class Participation:
 
     def _finish(self, request: Finish) -> bytes:
         """The last sum: compute, keep, score and sign the final model; the study is closed and its spares are freed."""
-        if request.round != self.approved.study.training.rounds:
+        if request.round != self.approved.study.released_sums:
             raise Refuse(Refused.OUT_OF_ORDER, "a study ends after its last round")
         self._catch_up(request.round, request.total, request.state_hash)
         self._keeper.write_model()

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from medfed.client.ledger import Caps
 from medfed.errors import PrivacyError
+from medfed.health import HealthSection
 from medfed.seams import Files
 from medfed.study import Study
 from medfed.toml_files import StrictModel, load
@@ -61,14 +62,21 @@ class CoordinatorSection(StrictModel):
 
 
 class DataSection(StrictModel):
-    """Where the records are.
+    """Where the records are. Paths are relative to the folder of ``hospital.toml``.
 
-    ``columns`` maps the study's name of a column to the local one, where they differ. ``holdout`` is the share of
-    patients, by a keyed hash of their id, that never train.
+    ``path``: the table, one row a record. ``images``: the folder of the image files that a column of the table names.
+    ``series``: the table of measurements, each with its time in hours in ``time_column``. ``record_column`` stands in both
+    tables and tells the records of a patient apart; without it a patient has one series. ``columns`` maps the study's name
+    of a column (of either table) to the local one, where they differ. ``holdout`` is the share of patients, by a keyed hash
+    of their id, that never train.
     """
 
     path: PathText
     patient_column: Text
+    images: PathText | None = None
+    series: PathText | None = None
+    time_column: Text = "hours"
+    record_column: Text | None = None
     columns: Annotated[dict[Text, Text], Field(default_factory=dict, max_length=10_000)]
     holdout: Annotated[float, Field(ge=0, le=0.5)] = 0.0
 
@@ -78,6 +86,16 @@ class DataSection(StrictModel):
         if len(set(columns.values())) != len(columns):
             raise ValueError("names one local column twice")
         return columns
+
+
+class ComputeSection(StrictModel):
+    """What gradients of deep models may use. ``device``: ``auto`` is CUDA where it is usable, else the processor.
+
+    ``memory_gib``: most of a GPU's memory that this process takes, and least that must be free when it starts.
+    """
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:[0-9]{1,2})$")] = "auto"
+    memory_gib: Annotated[float, Field(gt=0, le=4096)] | None = None
 
 
 class Policy(StrictModel):
@@ -117,12 +135,14 @@ class Policy(StrictModel):
         self._admit_cohort(study)
 
     def _admit_noise(self, study: Study) -> None:
-        privacy, attempts = study.privacy, study.training.rounds + study.training.spare_attempts
+        privacy, attempts = study.privacy, study.attempts
         # written so that a NaN is refused as well
+        statistics = privacy if study.statistics is None else study.statistics
+        multiplier = min(privacy.noise_multiplier, statistics.noise_multiplier)
         _need(
-            privacy.noise_multiplier >= self.min_noise_multiplier and privacy.noise_multiplier < float("inf"),
+            multiplier >= self.min_noise_multiplier and multiplier < float("inf"),
             130,
-            f"noise multiplier {privacy.noise_multiplier:g} is below this hospital's {self.min_noise_multiplier:g}",
+            f"noise multiplier {multiplier:g} is below this hospital's {self.min_noise_multiplier:g}",
             "min_noise_multiplier",
         )
         _need(
@@ -140,7 +160,7 @@ class Policy(StrictModel):
         _need(
             1 <= attempts <= self.max_attempts,
             132,
-            f"{study.training.rounds} rounds and {study.training.spare_attempts} spare attempts "
+            f"{attempts} attempts, {study.training.spare_attempts} of them spare, "
             f"are more than this hospital's {self.max_attempts}",
             "max_attempts",
         )
@@ -185,6 +205,8 @@ class HospitalConfig(StrictModel):
     coordinator: CoordinatorSection
     data: DataSection
     policy: Policy
+    health: HealthSection | None = None
+    compute: ComputeSection = Field(default_factory=ComputeSection)
 
 
 def load_hospital(files: Files, path: Path) -> HospitalConfig:

@@ -17,7 +17,10 @@ from medfed.toml_files import parse, quoted
 
 @dataclass(frozen=True, slots=True)
 class SiteOptions:
-    """What ``medfed-client init`` is told. The caps have no defaults: a hospital decides them."""
+    """What ``medfed-client init`` is told. The caps have no defaults: a hospital decides them.
+
+    ``images``, ``series`` and ``record_column``: as in ``policy.DataSection``, for studies that read them.
+    """
 
     name: str
     nominal_patients: int
@@ -33,6 +36,9 @@ class SiteOptions:
     lifetime_delta: float
     max_delta: float
     min_colluders: int
+    images: str | None = None
+    series: str | None = None
+    record_column: str | None = None
 
 
 def init_site(seams: Seams, folder: Path, options: SiteOptions) -> Enrolment:
@@ -69,6 +75,9 @@ def renew_enrolment(site: Site, nominal_patients: int) -> Enrolment:
 def _config_text(options: SiteOptions) -> str:
     proxy = '# proxy = "http://proxy.example:3128"' if options.proxy is None else f"proxy = {quoted(options.proxy)}"
     identity = '# identity = "..."' if options.fingerprint is None else f"identity = {quoted(options.fingerprint)}"
+    images = _line("images", options.images, "images")
+    series = _line("series", options.series, "series.csv")
+    record_column = _line("record_column", options.record_column, "stay")
     return f"""\
 # What this hospital allows. Sovereign: nothing a study or the coordinator says can widen it.
 
@@ -85,6 +94,10 @@ ca_certificate = {quoted(options.ca_certificate)}  # the authority of the coordi
 path = {quoted(options.data)}                # one row a record
 patient_column = {quoted(options.patient_column)}   # whose record it is; write ids alike: 001 and 1 are two people
 holdout = {options.holdout}                    # share of patients set aside for this hospital's own evaluation
+{images}                  # folder of grey PNG files that a column of the table names
+{series}              # table of measurements over time: the patient, the time, one column a variable
+# time_column = "hours"              # of that table: hours since the patient's or record's beginning
+{record_column}             # in both tables, where a patient has several records
 
 [data.columns]                       # study's name = "name in this file", where they differ, as in
 # age = "Age (years)"
@@ -101,7 +114,18 @@ modes = ["local", "distributed"]     # local: this hospital's noise alone protec
 units = ["patient"]                  # "record" protects one record, not a person: add it only if you mean it
 max_attempts = 10000                 # most rounds and spare attempts of a study
 max_records_per_patient = 1000       # largest cap a study may ask for
+
+# [compute]                          # for images, series and texts; tables stay on the processor
+# device = "auto"                    # a CUDA GPU where it is usable, else the processor; or "cpu", "cuda", "cuda:1"
+# memory_gib = 8.0                   # most of the GPU's memory to take, and least that must be free
+
+# [health]                           # for probes (gRPC health service): says serving or not, and nothing else
+# address = "127.0.0.1:8081"
 """
+
+
+def _line(key: str, value: str | None, example: str) -> str:
+    return f"# {key} = {quoted(example)}" if value is None else f"{key} = {quoted(value)}"
 
 
 def open_site(seams: Seams, config_path: Path) -> Site:

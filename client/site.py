@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medfed.client.policy import HospitalConfig
-from medfed.client.sources.csv_table import read_table
+from medfed.client.sources.hospital_records import read_records
 from medfed.errors import ConfigError, EnvironmentFault
 from medfed.identity import Identity, load_identity
-from medfed.models.records import Records, encode_records
+from medfed.models.records import Records
 from medfed.seams import Seams
 from medfed.study import Study
 from medfed.toml_files import load
@@ -68,10 +68,7 @@ class Site:
 
     def read_records(self, study: Study) -> Records:
         """All of this hospital's records, encoded by the study's contract. ``DataError`` MF-301 at the first fault."""
-        data = self.config.data
-        columns = {name: data.columns.get(name, name) for name in _columns(study)}
-        table = read_table(self.seams.files, self.folder / data.path, data.patient_column, columns)
-        return encode_records(study, table.patients, table.columns, table.rows)
+        return read_records(self.seams.files, self.folder, self.config.data, study)
 
     def keyed_hashes(self, patients: tuple[str, ...]) -> tuple[bytes, ...]:
         """HMAC-SHA256 of each patient id under this hospital's secret: tells patients apart, names nobody."""
@@ -96,10 +93,6 @@ class Site:
                 211, f"{self.patients_key_path.name} is not the key made here", "restore it from backup"
             )
         return key
-
-
-def _columns(study: Study) -> list[str]:
-    return [feature.name for feature in study.data.features] + [study.task.label]
 
 
 def load_site(seams: Seams, config_path: Path) -> Site:

@@ -2,83 +2,181 @@
 
 Nobody takes a model from anybody: each side computes the next state from the state it holds and the released integer sum
 (secagg.md, rule 6). So that all agree bit for bit on any processor, the arithmetic is numpy float64 on the CPU with
-``+ - * /`` and ``sqrt`` on whole arrays only: each is correctly rounded by IEEE 754, none is a reduction, none is fused.
-Schedules are tables of the study. Golden hashes in the tests hold every step to this.
+``+ - * /``, ``sqrt`` and comparisons on whole arrays only: each is correctly rounded by IEEE 754, none is a reduction, none
+is fused. What is kept is float32, rounded once a step; blocks of ``BLOCK`` parameters bound the scratch memory, and change
+no bit, as no parameter looks at another. Arrays that a study has no use for are empty. Schedules are tables of the study.
+Golden hashes in the tests hold every step to this.
 
-*Source*: heavy-ball momentum (Polyak 1964); Adam (Kingma and Ba 2015, algorithm 1); averaging of the last iterates
-(Polyak and Juditsky 1992).
+*Source*: heavy-ball momentum (Polyak 1964); Adam (Kingma and Ba 2015, algorithm 1); FedAdagrad, FedYogi, FedAdam (Reddi et
+al. 2021, arXiv:2003.00295, algorithm 2); averaging of the last iterates (Polyak and Juditsky 1992).
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from medfed import standardization
 from medfed.errors import RemoteProtocolError
-from medfed.study import Adam, Momentum, Study
+from medfed.study import Adam, FedAdagrad, FedYogi, Momentum, ServerStep, Study
 from medfed.wire import enc
 
+BLOCK = 1 << 16  # parameters worked on at once: half a megabyte an array of float64
+
 Floats = NDArray[np.float64]
+Kept = NDArray[np.float32]
+Integers = NDArray[np.int64] | NDArray[np.int32] | NDArray[np.int16]
+
+_HEADER_BYTES = 13
+_NOTHING: Kept = np.zeros(0, np.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelState:
-    """The state after ``completed_rounds`` rounds. All arrays float64[d].
+    """The state after ``completed_rounds`` rounds. Arrays are float32[d], read-only; float32[0] where a study needs none.
 
     ``first`` and ``second`` are the server step's moments; ``tail`` is the running sum of the weights after each of the
-    last ``average_last_rounds`` rounds.
+    last ``average_last_rounds`` rounds, kept where those are more than one. ``statistics``: float32[2f], shift and stretch of
+    the standardised inputs, where the study asks for them; the round that finds them is the first and changes nothing else.
     """
 
     completed_rounds: int
-    weights: Floats
-    first: Floats
-    second: Floats
-    tail: Floats
+    weights: Kept
+    first: Kept
+    second: Kept
+    tail: Kept
+    statistics: Kept = field(default_factory=lambda: _NOTHING)
+    # hashes of this state by study: a state does not change, and hashing tens of megabytes takes a while
+    _hashes: dict[bytes, bytes] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "first", "second", "tail", "statistics"):
+            fixed = getattr(self, name).view()
+            fixed.flags.writeable = False
+            object.__setattr__(self, name, fixed)
 
 
-def first_state(weights: NDArray[np.float32]) -> ModelState:
-    """The state before round 1, from the first model's weights float32[d]."""
-    zeros = np.zeros(weights.size, np.float64)
-    return ModelState(0, weights.astype(np.float64), zeros, zeros, zeros)
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Which arrays a study's states have beside the weights; of ``statistics`` how many numbers."""
+
+    first: bool
+    second: bool
+    tail: bool
+    statistics: int
+
+    @property
+    def arrays(self) -> int:
+        """How many are as long as the weights."""
+        return 1 + self.first + self.second + self.tail
+
+    @property
+    def code(self) -> int:
+        """One byte of a state's header."""
+        return self.first + 2 * self.second + 4 * self.tail + 8 * (self.statistics > 0)
+
+
+def _layout(study: Study) -> _Layout:
+    rule = study.training.server_step
+    tail, statistics = study.training.average_last_rounds > 1, 2 * standardization.count(study)
+    if isinstance(rule, Momentum):
+        return _Layout(first=rule.momentum > 0.0, second=False, tail=tail, statistics=statistics)
+    return _Layout(first=True, second=True, tail=tail, statistics=statistics)
+
+
+def first_state(weights: NDArray[np.float32], study: Study) -> ModelState:
+    """The state before round 1, from the first model's weights float32[d], which are copied."""
+    layout, rule, size = _layout(study), study.training.server_step, weights.size
+    start = 0.0 if isinstance(rule, Momentum | Adam) else rule.tau * rule.tau
+    return ModelState(
+        completed_rounds=0,
+        weights=weights.astype(np.float32),
+        first=np.zeros(size, np.float32) if layout.first else _NOTHING,
+        second=np.full(size, start, np.float32) if layout.second else _NOTHING,
+        tail=np.zeros(size, np.float32) if layout.tail else _NOTHING,
+        statistics=standardization.neutral(study) if layout.statistics else _NOTHING,
+    )
 
 
 def divisor(study: Study, nominal_patients: int) -> float:
-    """Expected patients in a round: sampling rate x the declared patients of all hospitals. Public, so never exact."""
+    """What makes a mean of the released sum. Public, so never exact.
+
+    Of gradients: the expected patients in a round, sampling rate x the declared patients of all hospitals. Of updates: 1,
+    as each hospital weighted its own by its share of those.
+    """
+    if study.training.aggregate == "update":
+        return 1.0
     return study.privacy.sampling_rate * float(nominal_patients)
 
 
 def advance(
-    state: ModelState, total: NDArray[np.int64], study: Study, *, grid_exponent: int, nominal_patients: int
+    state: ModelState, total: Integers, study: Study, *, grid_exponent: int, nominal_patients: int
 ) -> ModelState:
-    """One server step. ``total``: int64[d], the exact sum of all hospitals' vectors in units of 2^-grid_exponent."""
-    gradient = total.astype(np.float64) * 2.0**-grid_exponent / divisor(study, nominal_patients)
-    number = state.completed_rounds + 1
-    rate = study.training.learning_rate(number)
+    """One server step. ``total``: signed integers [d or more], the exact sum of all hospitals' vectors in units of
+    2^-grid_exponent; what is longer than the model is not read.
+
+    Every rule descends: it takes the mean gradient, or minus the mean update, which is Reddi's pseudo-gradient. So plain
+    averaging of updates (FedAvg) is momentum 0 with rate 1. Values beyond float32 become infinite: the run then fails.
+    """
+    if is_before_statistics(study, state):
+        sums = total[: standardization.words(study)].astype(np.float64) * 2.0**-grid_exponent
+        found = standardization.from_sum(study, sums)
+        return ModelState(state.completed_rounds + 1, *_arrays(state), found)
+    number = state.completed_rounds + 1 - (study.statistics is not None)
     rule = study.training.server_step
-    if isinstance(rule, Momentum):
-        first, second, step = _momentum(state, gradient, rule)
-    else:
-        first, second, step = _adam(state, gradient, rule, number)
-    weights = state.weights - rate * step
+    rate = study.training.learning_rate(number)
     averaged = number > study.training.rounds - study.training.average_last_rounds
-    tail = state.tail + weights if averaged else state.tail
-    return ModelState(number, weights, first, second, tail)
+    scale = divisor(study, nominal_patients)
+    sign = -1.0 if study.training.aggregate == "update" else 1.0
+    weights, first, second, tail = (np.empty_like(each) for each in _arrays(state))
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        for start in range(0, weights.size, BLOCK):
+            part = slice(start, min(start + BLOCK, weights.size))
+            gradient = sign * (total[part].astype(np.float64) * 2.0**-grid_exponent / scale)
+            moments = (state.first[part].astype(np.float64), state.second[part].astype(np.float64))
+            one, two, step = _moved(rule, gradient, *moments, number)
+            if first.size:
+                first[part] = one
+            if second.size:
+                second[part] = two
+            weights[part] = state.weights[part].astype(np.float64) - rate * step
+            if tail.size:
+                before = state.tail[part].astype(np.float64)
+                tail[part] = before + weights[part].astype(np.float64) if averaged else before
+    return ModelState(state.completed_rounds + 1, weights, first, second, tail, state.statistics)
 
 
-def _momentum(state: ModelState, gradient: Floats, rule: Momentum) -> tuple[Floats, Floats, Floats]:
-    velocity = rule.momentum * state.first + gradient
-    return velocity, state.second, velocity
+def is_before_statistics(study: Study, state: ModelState) -> bool:
+    """Whether the next sum is that of the statistics."""
+    return study.statistics is not None and state.completed_rounds == 0
 
 
-def _adam(state: ModelState, gradient: Floats, rule: Adam, number: int) -> tuple[Floats, Floats, Floats]:
-    first = rule.beta1 * state.first + (1.0 - rule.beta1) * gradient
-    second = rule.beta2 * state.second + (1.0 - rule.beta2) * (gradient * gradient)
-    unbiased_first = first / (1.0 - _power(rule.beta1, number))
-    unbiased_second = second / (1.0 - _power(rule.beta2, number))
-    return first, second, unbiased_first / (np.sqrt(unbiased_second) + rule.stabilizer)
+def _moved(
+    rule: ServerStep, gradient: Floats, first: Floats, second: Floats, number: int
+) -> tuple[Floats, Floats, Floats]:
+    """One rule on one block, all float64: (first, second, step). A moment that the rule does not keep is empty."""
+    if isinstance(rule, Momentum):
+        velocity = rule.momentum * first + gradient if first.size else gradient
+        return velocity, second, velocity
+    first = rule.beta1 * first + (1.0 - rule.beta1) * gradient
+    square = gradient * gradient
+    if isinstance(rule, Adam):
+        second = rule.beta2 * second + (1.0 - rule.beta2) * square
+        unbiased_first = first / (1.0 - _power(rule.beta1, number))
+        unbiased_second = second / (1.0 - _power(rule.beta2, number))
+        return first, second, unbiased_first / (np.sqrt(unbiased_second) + rule.stabilizer)
+    # algorithm 2 of Reddi et al.: the second moment began at tau^2, and neither is corrected for its start
+    if isinstance(rule, FedAdagrad):
+        second = second + square
+    elif isinstance(rule, FedYogi):
+        second = second - (1.0 - rule.beta2) * (square * np.sign(second - square))
+    else:
+        second = rule.beta2 * second + (1.0 - rule.beta2) * square
+    return first, second, first / (np.sqrt(second) + rule.tau)
 
 
 def _power(base: float, exponent: int) -> float:
@@ -90,37 +188,89 @@ def _power(base: float, exponent: int) -> float:
 
 
 def released_weights(state: ModelState, study: Study) -> NDArray[np.float32]:
-    """The model that is released, float32[d]: the mean over the last rounds once all are done, else the weights."""
-    if state.completed_rounds < study.training.rounds:
-        return state.weights.astype(np.float32)
-    return (state.tail / float(study.training.average_last_rounds)).astype(np.float32)
+    """The model that is released, float32[d]: the mean over the last rounds once all are done, else the weights.
+
+    It takes plain encoded inputs, whatever statistics it was trained with.
+    """
+    weights = _trained_weights(state, study)
+    return standardization.on_plain_inputs(study, state.statistics, weights) if state.statistics.size else weights
+
+
+def _trained_weights(state: ModelState, study: Study) -> NDArray[np.float32]:
+    if state.completed_rounds < study.released_sums or not state.tail.size:
+        return state.weights
+    released = np.empty_like(state.weights)
+    for start in range(0, released.size, BLOCK):
+        part = slice(start, start + BLOCK)
+        released[part] = state.tail[part].astype(np.float64) / float(study.training.average_last_rounds)
+    return released
+
+
+# ------------------------------------------------------------------------------------------------------------- as bytes
+
+
+def _arrays(state: ModelState) -> tuple[Kept, Kept, Kept, Kept]:
+    return state.weights, state.first, state.second, state.tail
+
+
+def state_pieces(state: ModelState) -> Iterator[bytes | memoryview]:
+    """``state_bytes`` in pieces, without a copy where the machine is little-endian."""
+    layout = _Layout(state.first.size > 0, state.second.size > 0, state.tail.size > 0, state.statistics.size)
+    sizes = state.completed_rounds.to_bytes(4, "big") + state.weights.size.to_bytes(8, "big")
+    yield sizes + layout.code.to_bytes(1, "big")
+    for array in (*_arrays(state), state.statistics):
+        if array.size:
+            yield np.ascontiguousarray(array, "<f4").data.cast("B")
 
 
 def state_bytes(state: ModelState) -> bytes:
-    """Canonical bytes: BE32 round, BE64 d, then weights, first, second, tail as little-endian float64."""
-    arrays = (state.weights, state.first, state.second, state.tail)
-    header = state.completed_rounds.to_bytes(4, "big") + state.weights.size.to_bytes(8, "big")
-    return header + b"".join(array.astype("<f8").tobytes() for array in arrays)
+    """Canonical bytes: BE32 round, BE64 d, one byte that says which arrays follow (1 first, 2 second, 4 tail, 8
+    statistics), then the weights and those arrays as little-endian float32."""
+    return b"".join(state_pieces(state))
 
 
-def state_size_bytes(words: int) -> int:
-    """Length of ``state_bytes`` for d = ``words``."""
-    return 12 + 4 * 8 * words
+def state_size_bytes(study: Study, words: int) -> int:
+    """Length of ``state_bytes`` for a study whose model has d = ``words`` parameters."""
+    layout = _layout(study)
+    return _HEADER_BYTES + 4 * (layout.arrays * words + layout.statistics)
 
 
-def parse_state(data: bytes, words: int) -> ModelState:
-    """The state of canonical bytes; MF-150 unless it has ``words`` parameters and only finite numbers."""
-    if len(data) != state_size_bytes(words) or int.from_bytes(data[4:12], "big") != words:
+def parse_state(data: bytes | memoryview, study: Study, words: int) -> ModelState:
+    """The state of canonical bytes, as a view of them; MF-150 unless it has the study's arrays of ``words`` parameters,
+    MF-153 unless all numbers are finite."""
+    layout = _layout(study)
+    header = bytes(data[:_HEADER_BYTES])
+    expected = words.to_bytes(8, "big") + layout.code.to_bytes(1, "big")
+    if len(data) != state_size_bytes(study, words) or header[4:] != expected:
         raise RemoteProtocolError(150, "model state of the wrong length", "both sides need the same study")
-    values = np.frombuffer(data, "<f8", offset=12).astype(np.float64).reshape(4, words)
-    if not np.isfinite(values).all():
+    values = np.frombuffer(data, "<f4", offset=_HEADER_BYTES).astype(np.float32, copy=False)
+    if not _all_finite(values):
         raise RemoteProtocolError(153, "model state holds numbers that are not finite", "refused")
-    return ModelState(int.from_bytes(data[:4], "big"), values[0], values[1], values[2], values[3])
+    rows = iter(values[: layout.arrays * words].reshape(layout.arrays, words))
+    return ModelState(
+        completed_rounds=int.from_bytes(header[:4], "big"),
+        weights=next(rows),
+        first=next(rows) if layout.first else _NOTHING,
+        second=next(rows) if layout.second else _NOTHING,
+        tail=next(rows) if layout.tail else _NOTHING,
+        statistics=values[layout.arrays * words :],
+    )
+
+
+def _all_finite(values: Kept) -> bool:
+    """Block by block: numpy would make a byte for every number."""
+    return all(bool(np.isfinite(values[start : start + BLOCK]).all()) for start in range(0, values.size, BLOCK))
 
 
 def state_hash(study_hash: bytes, state: ModelState) -> bytes:
-    """SHA-256 that names a state within a study, 32 bytes."""
-    return hashlib.sha256(enc(b"medfed/model-state/v1", study_hash, state_bytes(state))).digest()
+    """SHA-256 that names a state within a study, 32 bytes: worked out once a state."""
+    known = state._hashes.get(study_hash)
+    if known is None:
+        digest = hashlib.sha256(enc(b"medfed/model-state/v2", study_hash))
+        for piece in state_pieces(state):
+            digest.update(piece)
+        known = state._hashes[study_hash] = digest.digest()
+    return known
 
 
 def task_hash(study_hash: bytes, state: ModelState) -> bytes:

@@ -112,8 +112,14 @@ class Variable(StrictModel):
 class Series(StrictModel):
     """A series of ``steps`` time steps of ``step_hours``; several measurements of a variable in one step are averaged.
 
-    Measurements before time 0 or after the last step are left out. A variable that is not observed in a step enters as 0
-    (its center), or as its last value (``fill = "forward"``); a second channel says whether it was observed.
+    Step k = 0, 1, ... holds the measurements at the hours t with floor(t / step_hours) = k; those before time 0 or after
+    the last step are left out. A value outside its variable's [minimum, maximum] is an error or set to the nearer bound,
+    before averaging. A variable that is not observed in a step enters as 0 (its center), or as its last value, 0 before
+    the first (``fill = "forward"``); a second channel says whether it was observed. The stay reaches to the last step in
+    which any of the variables was observed; the first step is always inside, so that a record without a measurement is one.
+
+    Channels of a step, in this order: the variables' values, whether each was observed (1 or 0), whether the step lies
+    inside the stay (1 or 0), the encoded features, the same at every step.
     """
 
     steps: Annotated[int, Field(ge=2, le=4096)]
@@ -133,10 +139,11 @@ class Series(StrictModel):
 
 
 class Text(StrictModel):
-    """A text of ``column``, cut or padded to ``length`` tokens. Token 0 is padding.
+    """A text of ``column``, cut or padded to ``length`` tokens. Token 0 is padding; every record has a token before it.
 
-    ``bytes``: token = 1 + byte of the UTF-8 text (``buckets`` = 256). ``hashed-words``: token = 1 + SHA-256 of the lower-cased
-    word modulo ``buckets``: a vocabulary that is made from nobody's text.
+    ``bytes``: token = 1 + byte of the UTF-8 text (``buckets`` = 256). ``hashed-words``: a word is a run of letters and digits
+    of the text in Unicode form NFKC and lower case; token = 1 + h modulo ``buckets``, h the first 8 bytes of the word's
+    SHA-256, big-endian: a vocabulary that is made from nobody's text.
     """
 
     column: Column

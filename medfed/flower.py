@@ -11,14 +11,15 @@ import logging
 import os
 
 from medfed.errors import EnvironmentFault
+from medfed.rpc import hush as hush_grpc
 
 VERSION = "1.41."
 RECORD, FIELD = "medfed", "m"
 """Every Flower message carries one config record with one entry: our own bytes.
 
-Flower sends it as a tree of three objects (message, record dict, config record), each fetched by itself. Both sides
-fetch the last only: it is all that we need, takes a third of the calls, and Flower's parsers see one object of a known
-class instead of a tree that the other side chose.
+Flower sends it as a tree of objects (message, record dict, config record), each fetched by itself. Both sides fetch config
+records only (``medfed/flower_pieces.py``): they are all that we need, and Flower's parsers see nothing that the other side
+chose. Where frames stay in one process, or travel by Flower's own nodes, the one record holds the whole frame.
 """
 
 
@@ -29,6 +30,7 @@ _FORBIDDEN = ("FLWR_INTERNAL_GRPC_CONTROL_API", "FLWR_INTERNAL_GRPC_FLEET_API")
 
 def _prepare() -> None:
     os.environ.update(_FORCED)
+    hush_grpc()  # where nobody has, Flower sets a level for all of gRPC, whose lines would stand beside our own
     for name in _FORBIDDEN:
         os.environ.pop(name, None)
     found = importlib.metadata.version("flwr")

@@ -35,13 +35,16 @@ class Mlp(_Model):
 class Cnn(_Model):
     """Weight-standardised convolutions with GroupNorm over an image.
 
-    ``channels``: of each 3 x 3 convolution, the first with stride 1 (over images of 64 pixels and more with stride 2), all
-    others with stride 2. ``groups`` of GroupNorm divides each.
+    ``channels``: of each 3 x 3 convolution, the first with stride ``first_stride``, all others with stride 2. ``groups`` of
+    GroupNorm divides each. The last layer sees the mean over all places (``head = "mean"``: where in the image something
+    lies does not count) or each place on its own (``"places"``).
     """
 
     name: Literal["cnn"]
     channels: Annotated[list[Annotated[int, Field(ge=1, le=1024)]], Field(min_length=1, max_length=8)]
+    first_stride: Literal[1, 2]
     groups: Annotated[int, Field(ge=1, le=256)]
+    head: Literal["mean", "places"]
 
     @model_validator(mode="after")
     def _divides(self) -> Cnn:
@@ -51,7 +54,11 @@ class Cnn(_Model):
 
 
 class Recurrent(_Model):
-    """An LSTM or GRU over a series. ``summaries``: the head also sees each channel's mean, least and greatest over time."""
+    """An LSTM or GRU over a series.
+
+    ``summaries``: the last layer also sees each channel's mean over the stay, the stay's share of all steps, and each
+    variable's last observed value.
+    """
 
     name: Literal["lstm", "gru"]
     hidden_size: Annotated[int, Field(ge=1, le=1024)]
@@ -60,7 +67,7 @@ class Recurrent(_Model):
 
 
 class Transformer(_Model):
-    """A Transformer encoder over a text or a series, with mean pooling over what is not padding."""
+    """A Transformer encoder over a text or a series: blocks with the normalisation first, the mean over what is not padding."""
 
     name: Literal["transformer"]
     embedding_size: Annotated[int, Field(ge=4, le=1024)]

@@ -16,7 +16,7 @@ import ssl
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -55,6 +55,9 @@ class Entropy(Protocol):
         ...
 
 
+Pieces = Iterable[bytes | memoryview]
+
+
 class Files(Protocol):
     """The durable file system. Errors come out as ``EnvironmentFault`` with a code, never as a bare ``OSError``."""
 
@@ -64,8 +67,11 @@ class Files(Protocol):
         """Read a secret; refuse (MF-210) unless it belongs to this user and has mode 0600."""
         ...
 
-    def write(self, path: Path, data: bytes, *, private: bool = False) -> None:
-        """Replace ``path`` atomically: temporary file, sync, rename, sync of the folder. Old or new, never mixed."""
+    def write(self, path: Path, data: bytes | Pieces, *, private: bool = False) -> None:
+        """Replace ``path`` atomically: temporary file, sync, rename, sync of the folder. Old or new, never mixed.
+
+        ``data`` may come in pieces, in order: nothing is put together in memory.
+        """
         ...
 
     def append(self, path: Path, data: bytes) -> None:
@@ -90,6 +96,22 @@ class Files(Protocol):
     def database(self, path: Path, *, create: bool) -> sqlite3.Connection:
         """An SQLite connection in autocommit mode. ``create`` makes a missing file (0600), else it is refused (MF-401)."""
         ...
+
+    def scratch(self, folder: Path) -> Scratch:
+        """A file without a name on this folder's volume, readable by nobody else, gone when it is closed."""
+        ...
+
+
+class Scratch(Protocol):
+    """Bytes that need not last and should not lie in memory. Any thread may call."""
+
+    def put(self, offset: int, data: bytes) -> None: ...
+
+    def take(self, offset: int, size: int) -> bytes:
+        """Exactly what was put there; MF-608 where less is."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class Network(Protocol):
@@ -185,13 +207,13 @@ class SystemFiles:
             raise EnvironmentFault(210, f"key file {path.name} can be read by others", f"chmod 600 {path}")
         return self.read(path, limit_bytes=limit_bytes)
 
-    def write(self, path: Path, data: bytes, *, private: bool = False) -> None:
+    def write(self, path: Path, data: bytes | Pieces, *, private: bool = False) -> None:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         with _named_faults(path):
             try:
                 handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o644)
                 with os.fdopen(handle, "wb") as file:
-                    file.write(data)
+                    file.writelines((data,) if isinstance(data, bytes) else data)
                     file.flush()
                     os.fsync(file.fileno())
                 temporary.replace(path)
@@ -238,6 +260,13 @@ class SystemFiles:
                 ) from error
             yield
 
+    def scratch(self, folder: Path) -> Scratch:
+        path = folder / f".scratch.{secrets.token_hex(8)}.tmp"
+        with _named_faults(path):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            path.unlink()
+        return SystemScratch(handle, folder)
+
     def database(self, path: Path, *, create: bool) -> sqlite3.Connection:
         if not create and not path.exists():
             raise MedfedError(401, f"{path.name} not found", "restore it; a lost ledger is never begun anew")
@@ -248,6 +277,31 @@ class SystemFiles:
             return sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
         except sqlite3.Error as error:
             raise EnvironmentFault(608, f"{path.name} could not be opened", "check the volume") from error
+
+
+class SystemScratch:
+    """A file of the system that has no name any more."""
+
+    def __init__(self, handle: int, folder: Path) -> None:
+        self._handle = handle
+        self._folder = folder
+
+    def put(self, offset: int, data: bytes) -> None:
+        with _named_faults(self._folder):
+            view = memoryview(data)
+            while view:
+                written = os.pwrite(self._handle, view, offset)
+                view, offset = view[written:], offset + written
+
+    def take(self, offset: int, size: int) -> bytes:
+        with _named_faults(self._folder):
+            data = os.pread(self._handle, size, offset)
+        if len(data) != size:
+            raise EnvironmentFault(608, f"input/output error at {self._folder.name}", "check the volume")
+        return data
+
+    def close(self) -> None:
+        os.close(self._handle)
 
 
 def _sync_folder(folder: Path) -> None:

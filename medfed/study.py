@@ -75,19 +75,85 @@ class Adam(StrictModel):
     stabilizer: Annotated[float, Field(gt=0.0, le=1.0)]
 
 
-class Training(StrictModel):
-    """``learning_rates`` is a table of [first round, rate]; rounds count from 1.
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+Tau = Annotated[float, Field(ge=1e-9, le=1.0)]
 
-    The released model is the mean of the weights after each of the last ``average_last_rounds`` rounds. Noise is
-    calibrated for ``rounds + spare_attempts`` events: a round that is lost after an upload costs a spare.
+
+class FedAdagrad(StrictModel):
+    """FedAdagrad (Reddi et al. 2021, algorithm 2): v = v + g^2, from tau^2; w = w - rate * m / (sqrt(v) + tau).
+
+    ``g`` is the released mean gradient, or minus the mean update; m = beta1 * m + (1 - beta1) * g, uncorrected.
     """
 
-    aggregate: Literal["gradient"]
+    kind: Literal["fedadagrad"]
+    beta1: Decay
+    tau: Tau
+
+
+class FedYogi(StrictModel):
+    """FedYogi (the same): v = v - (1 - beta2) * g^2 * sign(v - g^2)."""
+
+    kind: Literal["fedyogi"]
+    beta1: Decay
+    beta2: Decay
+    tau: Tau
+
+
+class FedAdam(StrictModel):
+    """FedAdam (the same): v = beta2 * v + (1 - beta2) * g^2."""
+
+    kind: Literal["fedadam"]
+    beta1: Decay
+    beta2: Decay
+    tau: Tau
+
+
+ServerStep = Momentum | Adam | FedAdagrad | FedYogi | FedAdam
+
+
+class LocalSteps(StrictModel):
+    """What a hospital does in a round of ``aggregate = "update"``: so many private gradient steps of its own.
+
+    Every step is one privacy event. ``proximal``: FedProx's mu, the pull back to the round's first weights; 0 for none.
+    ``sum_range`` bounds a coordinate of one step's clipped sum: beyond it the sum saturates before the noise. A study has
+    it; of a task's recipe it is left out, as it depends on the hospitals.
+    """
+
+    steps: Annotated[int, Field(ge=1, le=10_000)]
+    learning_rate: Annotated[float, Field(gt=0.0, le=1e6)]
+    proximal: Annotated[float, Field(ge=0.0, le=1e6)]
+    sum_range: Annotated[float, Field(gt=0.0, le=1e9)] | None = None
+
+    @model_validator(mode="after")
+    def _stays_finite(self) -> LocalSteps:
+        if self.learning_rate * self.proximal > 1.0:
+            raise ValueError("learning_rate * proximal exceeds 1: the pull back would overshoot")
+        return self
+
+
+class Training(StrictModel):
+    """``learning_rates`` is a table of [first round, rate] of the server step; rounds count from 1.
+
+    ``aggregate``: what is summed in a round, one clipped gradient sum, or the updates of ``local`` steps at the hospitals.
+    The released model is the mean of the weights after each of the last ``average_last_rounds`` rounds. Noise is
+    calibrated for ``rounds + spare_attempts`` attempts: a round that is lost after an upload costs a spare.
+    """
+
+    aggregate: Literal["gradient", "update"]
     rounds: Annotated[int, Field(ge=1, le=100_000)]
     spare_attempts: Annotated[int, Field(ge=0, le=10_000)]
     learning_rates: Annotated[list[Annotated[list[Finite], Field(min_length=2, max_length=2)]], Field(min_length=1)]
     average_last_rounds: Annotated[int, Field(ge=1, le=100_000)]
-    server_step: Annotated[Momentum | Adam, Field(discriminator="kind")]
+    server_step: Annotated[ServerStep, Field(discriminator="kind")]
+    local: LocalSteps | None = None
+
+    @model_validator(mode="after")
+    def _has_local_steps(self) -> Training:
+        if self.aggregate == "update" and self.local is None:
+            raise ValueError('aggregate = "update" needs [training.local]')
+        if self.aggregate == "gradient" and self.local is not None:
+            raise ValueError('[training.local] is for aggregate = "update"')
+        return self
 
     @model_validator(mode="after")
     def _tables(self) -> Training:
@@ -102,8 +168,13 @@ class Training(StrictModel):
 
     @property
     def attempts(self) -> int:
-        """Length of the fixed list of events that approval reserves."""
+        """Length of the fixed list of attempts that approval reserves."""
         return self.rounds + self.spare_attempts
+
+    @property
+    def events_per_attempt(self) -> int:
+        """Privacy events of one attempt: its local steps, or the one gradient sum."""
+        return 1 if self.local is None else self.local.steps
 
     def learning_rate(self, round_number: int) -> float:
         """The rate of round ``round_number`` = 1, 2, ..."""
@@ -123,8 +194,28 @@ class Privacy(StrictModel):
     epsilon: Annotated[float, Field(gt=0.0, le=100.0)]
 
 
+class Statistics(StrictModel):
+    """Optional: before round 1, mean and scale of the numeric features from one noised sum over patients.
+
+    They then take the place of each feature's ``center`` and ``scale``. It is an event of its own, of all patients (no
+    sampling), with noise of its own, and part of the study's epsilon. ``attempts``: most that may be made at it; all are
+    counted. ``least_scale``: no standard deviation is taken for less, in halves of a feature's [minimum, maximum].
+    ``range`` bounds a coordinate of a hospital's sum, about its patients: beyond it the sum saturates before the noise; of a
+    task's recipe it is left out, as it depends on the hospitals.
+    """
+
+    noise_multiplier: Annotated[float, Field(ge=0.3, le=10_000.0)]
+    attempts: Annotated[int, Field(ge=1, le=100)]
+    least_scale: Annotated[float, Field(ge=1e-6, le=1.0)]
+    range: Annotated[float, Field(gt=0.0, le=1e9)] | None = None
+
+
 class Quantization(StrictModel):
-    """``range`` bounds a coordinate of one hospital's clipped sum: beyond it the sum saturates before the noise."""
+    """The grid of what is masked and summed.
+
+    ``range`` bounds a coordinate of one hospital's word: of its clipped sum, which saturates beyond it before the noise;
+    with ``aggregate = "update"`` of its weighted update, where saturation costs utility only.
+    """
 
     ring_bits: Literal[16, 32]
     range: Annotated[float, Field(gt=0.0, le=1e9)]
@@ -157,6 +248,7 @@ class Study(StrictModel):
     task: Task
     data: DataContract
     model: ModelChoice
+    statistics: Statistics | None = None
     training: Training
     privacy: Privacy
     quantization: Quantization
@@ -165,11 +257,33 @@ class Study(StrictModel):
 
     @model_validator(mode="after")
     def _fits(self) -> Study:
+        if self.statistics is not None:
+            if self.statistics.range is None:
+                raise ValueError("statistics.range is missing")
+            if self.data.kind != "table" or not any(feature.kind == "number" for feature in self.data.features):
+                raise ValueError("statistics are of a table's numeric features")
+        if self.training.local is not None and self.training.local.sum_range is None:
+            raise ValueError("training.local.sum_range is missing")
+        if self.training.aggregate == "update" and self.privacy.mode != "local":
+            raise ValueError(
+                'aggregate = "update" needs privacy.mode = "local": clipping does not bound how far one patient moves the '
+                "weights after several local steps, so shares of noise inside the secure sum would not hide it"
+            )
         if self.model.first_model_sha256 is None:
             raise ValueError("model.first_model_sha256 is missing")
         if self.data.kind not in READS[self.model.name]:
             raise ValueError(f"{self.model.name} does not take records of kind {self.data.kind}")
         return self
+
+    @property
+    def released_sums(self) -> int:
+        """How many sums a run opens: the training's rounds, and before them the statistics if there are any."""
+        return self.training.rounds + (self.statistics is not None)
+
+    @property
+    def attempts(self) -> int:
+        """Length of the fixed list of attempts that approval reserves."""
+        return self.training.attempts + (0 if self.statistics is None else self.statistics.attempts)
 
     def canonical_bytes(self) -> bytes:
         """The one byte form of this study: JSON, keys sorted, shortest round-trip numbers, ASCII."""

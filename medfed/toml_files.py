@@ -165,7 +165,8 @@ def _without_tags(location: tuple[int | str, ...], model: type[BaseModel]) -> tu
     """Leave out the names that pydantic puts between a tagged union and its keys; no file shows them."""
     kept: list[int | str] = []
     here: list[type[BaseModel]] = [model]
-    for part, is_last in zip(location, [False] * (len(location) - 1) + [True], strict=True):
+    for place, part in enumerate(location):
+        is_last = place == len(location) - 1
         fields = [each.model_fields[str(part)] for each in here if part in each.model_fields]
         if fields or isinstance(part, int) or is_last or not here:
             kept.append(part)

@@ -76,7 +76,7 @@ Bytes16 = Annotated[bytes, _Fixed(16)]
 Bytes32 = Annotated[bytes, _Fixed(32)]
 Bytes64 = Annotated[bytes, _Fixed(64)]
 Offer = Annotated[bytes, _Variable(1024)]
-Vector = Annotated[bytes, _Variable(None)]
+Vector = Annotated[bytes | memoryview, _Variable(None)]  # read from a frame: a view of it, never a copy
 Offers = Annotated[tuple[bytes, ...], _Items(1024, 128)]
 Attestations = Annotated[tuple[bytes, ...], _Items(2 + SIGNATURE_BYTES, 128)]  # BE16 position ‖ signature
 
@@ -221,38 +221,57 @@ def _empty_width(rule: _Unsigned | _Fixed | _Variable | _Items) -> int:
     return 4 if isinstance(rule, _Variable) else 2  # the length or the count
 
 
+def frame_limit_bytes(vector_limit_bytes: int) -> int:
+    """Longest frame that ``decode`` takes with this limit."""
+    return vector_limit_bytes + _OVERHEAD_BYTES
+
+
 def encode(message: Message, identity: Identity) -> bytes:
-    """The signed frame of ``message``."""
-    parts = [MAGIC, bytes([VERSION, message.KIND])]
+    """The signed frame of ``message``. A vector is copied once, into the frame."""
+    parts: list[bytes | memoryview] = [MAGIC, bytes([VERSION, message.KIND])]
     for name, rule in _LAYOUTS[type(message)]:
-        parts.append(_pack(name, rule, getattr(message, name)))
-    body = b"".join(parts)
-    return body + identity.sign(_signed(body))
+        parts += _pack(name, rule, getattr(message, name))
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    parts.append(identity.sign(_signed(digest.digest())))
+    return b"".join(parts)
 
 
-def _pack(name: str, rule: _Unsigned | _Fixed | _Variable | _Items, value: int | bytes | tuple[bytes, ...]) -> bytes:
+def _pack(
+    name: str,
+    rule: _Unsigned | _Fixed | _Variable | _Items,
+    value: int | bytes | memoryview | tuple[bytes, ...],
+) -> tuple[bytes | memoryview, ...]:
     if isinstance(rule, _Unsigned) and isinstance(value, int) and 0 <= value < 1 << (8 * rule.width):
-        return value.to_bytes(rule.width, "big")
+        return (value.to_bytes(rule.width, "big"),)
     if isinstance(rule, _Fixed) and isinstance(value, bytes) and len(value) == rule.size:
-        return value
-    if isinstance(rule, _Variable) and isinstance(value, bytes) and (rule.limit is None or len(value) <= rule.limit):
-        return len(value).to_bytes(4, "big") + value
+        return (value,)
+    if isinstance(rule, _Variable) and isinstance(value, bytes | memoryview) and _fits(rule, value):
+        return len(value).to_bytes(4, "big"), value
     if (
         isinstance(rule, _Items)
         and isinstance(value, tuple)
         and len(value) <= rule.count_limit
         and all(len(item) <= rule.item_limit for item in value)
     ):
-        return len(value).to_bytes(2, "big") + enc(*value)
+        return (len(value).to_bytes(2, "big") + enc(*value),)
     raise LocalProtocolError(103, f"field {name} cannot be sent", "this is a fault of medfed: please report it")
+
+
+def _fits(rule: _Variable, value: bytes | memoryview) -> bool:
+    is_plain = isinstance(value, bytes) or (value.format == "B" and value.contiguous)
+    return is_plain and len(value) <= (0xFFFFFFFF if rule.limit is None else rule.limit)
 
 
 def decode(frame: bytes, *, vector_limit_bytes: int) -> Message:
     """Parse a frame without checking its signature (``check_signature`` does, once the sender is known).
 
+    A vector is a view of ``frame``: whoever keeps it keeps the whole frame.
+
     Raises ``RemoteProtocolError``: MF-101 length, MF-102 version, MF-103 layout, MF-104 unknown kind.
     """
-    if not _HEADER_BYTES + SIGNATURE_BYTES < len(frame) <= vector_limit_bytes + _OVERHEAD_BYTES:
+    if not _HEADER_BYTES + SIGNATURE_BYTES < len(frame) <= frame_limit_bytes(vector_limit_bytes):
         raise RemoteProtocolError(101, f"message of {len(frame)} bytes", "the limit follows from the study")
     if frame[:3] != MAGIC:
         raise RemoteProtocolError(103, "not a medfed message", "refused")
@@ -272,11 +291,13 @@ def decode(frame: bytes, *, vector_limit_bytes: int) -> Message:
 
 def check_signature(frame: bytes, public: bytes) -> None:
     """Raise MF-110 unless the holder of ``public`` signed this frame."""
-    verify(public, frame[-SIGNATURE_BYTES:], _signed(frame[:-SIGNATURE_BYTES]))
+    body = memoryview(frame)[:-SIGNATURE_BYTES]
+    verify(public, frame[-SIGNATURE_BYTES:], _signed(hashlib.sha256(body).digest()))
 
 
-def _signed(body: bytes) -> bytes:
-    return enc(b"medfed/wire/v1", hashlib.sha256(body).digest())
+def _signed(body_hash: bytes) -> bytes:
+    """What the signature is over; ``body_hash``: SHA-256 of the frame up to the signature."""
+    return enc(b"medfed/wire/v1", body_hash)
 
 
 class _Reader:
@@ -287,13 +308,13 @@ class _Reader:
         self._at = 0
         self._vector_limit = vector_limit_bytes
 
-    def take(self, rule: _Unsigned | _Fixed | _Variable | _Items) -> int | bytes | tuple[bytes, ...]:
+    def take(self, rule: _Unsigned | _Fixed | _Variable | _Items) -> int | bytes | memoryview | tuple[bytes, ...]:
         if isinstance(rule, _Unsigned):
             return self._integer(rule.width)
         if isinstance(rule, _Fixed):
             return self._bytes(rule.size)
         if isinstance(rule, _Variable):
-            return self._string(self._vector_limit if rule.limit is None else rule.limit)
+            return self._vector() if rule.limit is None else self._string(rule.limit)
         count = self._integer(2)
         if count > rule.count_limit:
             raise _malformed()
@@ -312,10 +333,19 @@ class _Reader:
             raise _malformed()
         return self._bytes(size)
 
+    def _vector(self) -> memoryview:
+        size = self._integer(4)
+        if size > self._vector_limit:
+            raise _malformed()
+        return self._view(size)
+
     def _bytes(self, size: int) -> bytes:
+        return bytes(self._view(size))
+
+    def _view(self, size: int) -> memoryview:
         if size > len(self._buffer) - self._at:
             raise _malformed()
-        taken = bytes(self._buffer[self._at : self._at + size])
+        taken = self._buffer[self._at : self._at + size]
         self._at += size
         return taken
 

@@ -4,17 +4,63 @@ from __future__ import annotations
 
 from torch import nn
 
+from medfed.data_contract import DataContract
 from medfed.errors import ConfigError
-from medfed.models.tabular import logistic_regression, mlp
+from medfed.model_choice import Cnn, LogisticRegression, Mlp, Recurrent, Transformer
+from medfed.models import convolutional, recurrent, tabular, transformer
 from medfed.study import Study
 
 
 def build(study: Study) -> nn.Module:
-    """The study's model with freshly initialised weights: records [n, *study.data.shape] -> logits float[n, outputs]."""
-    outputs = study.task.outputs
-    match study.model.name:
-        case "logistic-regression":
-            return logistic_regression(study.data.inputs, outputs)
-        case "mlp":
-            return mlp(study.data.inputs, outputs, list(study.model.hidden))
-    raise ConfigError(203, f"model {study.model.name} is not built yet", "choose another")
+    """The study's model with freshly initialised weights: records [n, *study.data.shape] -> logits float[n, outputs].
+
+    Torch's global generator draws the weights. A model holds float32 parameters and no buffer, and looks at each record
+    alone. Raises ``ConfigError`` MF-203 where the model does not take the study's kind of record.
+    """
+    data, outputs = study.data, study.task.outputs
+    match study.model:
+        case LogisticRegression() if data.kind == "table":
+            return tabular.logistic_regression(data.inputs, outputs)
+        case Mlp(hidden=hidden) if data.kind == "table":
+            return tabular.mlp(data.inputs, outputs, list(hidden))
+        case Cnn() as chosen if data.image is not None:
+            return convolutional.cnn(
+                data.image.height,
+                data.image.width,
+                outputs,
+                list(chosen.channels),
+                chosen.first_stride,
+                chosen.groups,
+                chosen.head,
+            )
+        case Recurrent() as chosen if data.series is not None:
+            return recurrent.Recurrent(
+                chosen.name,
+                len(data.series.variables),
+                data.inputs,
+                outputs,
+                chosen.hidden_size,
+                chosen.layers,
+                chosen.summaries,
+            )
+        case Transformer() as chosen:
+            return _transformer(chosen, data, outputs)
+    raise ConfigError(203, f"model {study.model.name} does not take records of kind {data.kind}", "choose another")
+
+
+def is_rowwise(study: Study) -> bool:
+    """Whether the model adds up record by record and is trained in float64, in batches of any size.
+
+    Else it uses torch's kernels and is trained in float32, in batches of one fixed shape.
+    """
+    return isinstance(study.model, LogisticRegression | Mlp)
+
+
+def _transformer(chosen: Transformer, data: DataContract, outputs: int) -> nn.Module:
+    size = (chosen.embedding_size, chosen.heads, chosen.layers, chosen.feedforward_size)
+    if data.text is not None:
+        return transformer.TextTransformer(data.text.buckets + 1, outputs, *size)
+    if data.series is not None:
+        _, channels = data.shape
+        return transformer.SeriesTransformer(channels, 2 * len(data.series.variables), outputs, *size)
+    raise ConfigError(203, f"model {chosen.name} does not take records of kind {data.kind}", "choose another")

@@ -17,6 +17,8 @@ from medfed.study import Task
 
 Losses = Callable[[Tensor, Tensor], Tensor]
 
+_VALUES_AT_ONCE = 1 << 17  # encoded values that a model takes in one call outside training
+
 
 def losses(task: Task) -> Losses:
     """(logits float[n, outputs], labels int64[n]) -> float[n]: each record's own loss, separable by patient.
@@ -71,11 +73,15 @@ class _MulticlassLoss(torch.autograd.Function):
         return gradient[:, None] * (chances - functional.one_hot(labels, logits.shape[1]).to(logits.dtype)), None
 
 
-def probabilities(model: nn.Module, task: Task, inputs: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Probability of each class, float64[n, classes]."""
+def probabilities(model: nn.Module, task: Task, inputs: NDArray[np.float32] | NDArray[np.int64]) -> NDArray[np.float64]:
+    """Probability of each class, float64[n, classes], of encoded records [n, ...]: a few at a time, to bound memory."""
+    if not len(inputs):
+        return np.zeros((0, task.classes))
+    at_once = max(1, _VALUES_AT_ONCE // max(1, inputs[0].size))
     model.eval()
     with torch.no_grad():
-        logits = model(torch.from_numpy(inputs)).double()
+        parts = [model(torch.from_numpy(inputs[start : start + at_once])) for start in range(0, len(inputs), at_once)]
+        logits = torch.cat(parts).double()
     if task.kind == "binary":
         positive = torch.sigmoid(logits[:, :1])
         return np.asarray(torch.cat([1 - positive, positive], 1).numpy(), np.float64)
@@ -92,11 +98,27 @@ def auc(positive: NDArray[np.bool_], scores: NDArray[np.float64]) -> float | Non
     return float((ranks[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
+def f1_macro(labels: NDArray[np.int64], predicted: NDArray[np.int64]) -> float | None:
+    """Mean over classes of F1 = 2 TP / (2 TP + FP + FN), over the classes that occur or are predicted; None without records."""
+    scores = []
+    for index in np.union1d(labels, predicted):
+        actual, named = labels == index, predicted == index
+        scores.append(2 * int((actual & named).sum()) / (int(actual.sum()) + int(named.sum())))
+    return sum(scores) / len(scores) if scores else None
+
+
 def evaluate(model: nn.Module, task: Task, records: Records) -> dict[str, float | None]:
-    """Metrics of a task on labelled records: ``auc`` (mean over classes against the rest) and ``accuracy``."""
-    chances = probabilities(model, task, records.inputs)
-    accuracy = float((chances.argmax(1) == records.labels).mean()) if len(records.labels) else None
+    """Metrics of a task on labelled records: ``auc`` (mean over classes against the rest), ``accuracy``, and of a
+    multiclass task ``f1_macro``."""
+    return metrics(task, probabilities(model, task, records.inputs), records.labels)
+
+
+def metrics(task: Task, chances: NDArray[np.float64], labels: NDArray[np.int64]) -> dict[str, float | None]:
+    """As ``evaluate``, from the probability of each class, float64[n, classes], and the labels int64[n]."""
+    predicted = chances.argmax(1)
+    accuracy = float((predicted == labels).mean()) if len(labels) else None
     chosen = [1] if task.kind == "binary" else list(range(task.classes))
-    areas = [auc(records.labels == index, chances[:, index]) for index in chosen]
+    areas = [auc(labels == index, chances[:, index]) for index in chosen]
     known = [area for area in areas if area is not None]
-    return {"auc": sum(known) / len(known) if known else None, "accuracy": accuracy}
+    scores = {"auc": sum(known) / len(known) if known else None, "accuracy": accuracy}
+    return scores if task.kind == "binary" else {**scores, "f1_macro": f1_macro(labels, predicted)}

@@ -31,6 +31,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,7 @@ from medfed.errors import ConfigError, PrivacyError
 
 ACCOUNTANT = "rdp"
 MAX_SHARES = 100_000
+MAX_REPEATS = 10_000
 
 # Renyi orders: fine where a large epsilon finds its best order, sparse where a small one does. At every order the bound
 # holds, so the choice costs tightness only. dp_accounting's conversion wants more than 1.01.
@@ -81,11 +83,14 @@ def _need(holds: bool, what: str, remedy: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Mechanism:
-    """One event: a Poisson-sampled, clipped, rounded sum plus integer noise, as one observer sees it.
+    """One attempt: ``repeats`` events, each a Poisson-sampled, clipped, rounded sum plus integer noise, as one observer
+    sees it; later ones may depend on earlier ones.
 
     ``sampling_rate`` q in (0, 1]. ``sigma``: parameter of ONE discrete Gaussian share, in grid units, at least 0.5.
     ``shares``: how many independent shares stand between this patient and the observer (1: the hospital's own noise;
-    m - c in distributed mode). ``sensitivity``: L2, grid units. ``dimensions``: length d of the vector.
+    m - c in distributed mode). ``sensitivity``: L2, grid units. ``dimensions``: length d of the vector. ``repeats``: the
+    local steps of a round, 1 where a round is one sum. ``beforehand``: what the first attempt costs on top, in full: the
+    statistics before round 1.
     Raises ``ConfigError`` (MF-203) for values out of range.
     """
 
@@ -94,6 +99,8 @@ class Mechanism:
     shares: int
     sensitivity: float
     dimensions: int
+    repeats: int = 1
+    beforehand: Mechanism | None = None
 
     def __post_init__(self) -> None:
         _need(0.0 < self.sampling_rate <= 1.0, f"sampling rate {self.sampling_rate} is outside (0, 1]", "correct it")
@@ -101,45 +108,58 @@ class Mechanism:
         _need(1 <= self.shares <= MAX_SHARES, f"{self.shares} noise shares", f"use 1 to {MAX_SHARES}")
         _need(0.0 < self.sensitivity <= 2.0**64, f"sensitivity {self.sensitivity} is outside (0, 2^64]", "correct it")
         _need(self.dimensions >= 1, f"a vector of {self.dimensions} dimensions", "correct it")
+        nested = self.beforehand is not None and self.beforehand.beforehand is not None
+        _need(not nested, "a mechanism with more than one before it", "restore the file it stands in")
+        _need(1 <= self.repeats <= MAX_REPEATS, f"{self.repeats} events an attempt", f"use 1 to {MAX_REPEATS}")
 
     def to_json(self) -> str:
-        """Canonical text: sorted keys, no blanks, shortest exact floats. Equal mechanisms give equal text."""
-        return json.dumps(
-            {
-                "dimensions": self.dimensions,
-                "sampling_rate": float(self.sampling_rate),
-                "sensitivity": float(self.sensitivity),
-                "shares": self.shares,
-                "sigma": float(self.sigma),
-            },
-            sort_keys=True,
-            separators=(",", ":"),
-            allow_nan=False,
-        )
+        """Canonical text: sorted keys, no blanks, shortest exact floats. Equal mechanisms give equal text.
+
+        ``repeats`` is left out where it is 1 and ``beforehand`` where there is none, as in ledgers that were written before
+        they existed.
+        """
+        values: dict[str, object] = {
+            "dimensions": self.dimensions,
+            "sampling_rate": float(self.sampling_rate),
+            "sensitivity": float(self.sensitivity),
+            "shares": self.shares,
+            "sigma": float(self.sigma),
+        }
+        if self.repeats != 1:
+            values["repeats"] = self.repeats
+        if self.beforehand is not None:
+            values["beforehand"] = json.loads(self.beforehand.to_json())
+        return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Mechanism:
         """The mechanism that ``to_json`` wrote; ``ConfigError`` (MF-203) for any other text."""
         try:
-            values = json.loads(text)
-            mechanism = cls(
-                sampling_rate=float(values["sampling_rate"]),
-                sigma=float(values["sigma"]),
-                shares=int(values["shares"]),
-                sensitivity=float(values["sensitivity"]),
-                dimensions=int(values["dimensions"]),
-            )
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            mechanism = cls._read(json.loads(text))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ConfigError(203, "mechanism is malformed", "restore the file it stands in") from error
         _need(mechanism.to_json() == text, "mechanism is not in canonical form", "restore the file it stands in")
         return mechanism
 
+    @classmethod
+    def _read(cls, values: dict[str, Any]) -> Mechanism:
+        before = values.get("beforehand")
+        return cls(
+            sampling_rate=float(values["sampling_rate"]),
+            sigma=float(values["sigma"]),
+            shares=int(values["shares"]),
+            sensitivity=float(values["sensitivity"]),
+            dimensions=int(values["dimensions"]),
+            repeats=int(values.get("repeats", 1)),
+            beforehand=None if before is None else cls._read(before),
+        )
+
     def rdp(self) -> NDArray[np.float64]:
-        """Upper bound on the RDP of one event at every order of ``ORDERS``, in both directions: float64[len(ORDERS)]."""
+        """Upper bound on the RDP of one attempt at every order of ``ORDERS``, in both directions: float64[len(ORDERS)]."""
         orders = np.asarray(ORDERS)
         if self.sampling_rate == 1.0:
-            return self._whole(orders)
-        return np.minimum(self._sampled(), self._whole(orders))
+            return self.repeats * self._whole(orders)
+        return self.repeats * np.minimum(self._sampled(), self._whole(orders))
 
     def _whole(self, orders: NDArray[np.float64]) -> NDArray[np.float64]:
         """RDP without sampling (Kairouz, Liu, Steinke 2021, Proposition 14: the least of its three bounds)."""
@@ -204,9 +224,10 @@ def sensitivity(clipping_norm: float, exponent: int, dimensions: int) -> float:
 
 
 def compose(mechanism: Mechanism, count: int) -> NDArray[np.float64]:
-    """RDP of ``count`` such events: float64[len(ORDERS)]. Totals of different mechanisms add up."""
-    _need(count >= 0, f"{count} events", "correct it")
-    return count * mechanism.rdp()
+    """RDP of ``count`` such attempts: float64[len(ORDERS)]. Totals of different mechanisms add up."""
+    _need(count >= 0, f"{count} attempts", "correct it")
+    total = count * mechanism.rdp()
+    return total + mechanism.beforehand.rdp() if count and mechanism.beforehand is not None else total
 
 
 def epsilon(rdp_total: NDArray[np.float64], delta: float) -> float:
@@ -231,21 +252,21 @@ def micro(value: float) -> int:
     return math.ceil(Fraction(value) * 1_000_000)
 
 
-def calibrate(target_epsilon: float, delta: float, events: int, make: Callable[[float], Mechanism]) -> float:
-    """The least noise multiplier, in steps of 1/10000 and rounded up, at which ``events`` events cost <= the target.
+def calibrate(target_epsilon: float, delta: float, attempts: int, make: Callable[[float], Mechanism]) -> float:
+    """The least noise multiplier, in steps of 1/10000 and rounded up, at which ``attempts`` attempts cost <= the target.
 
     ``make(noise_multiplier)`` builds the mechanism; its cost must fall as the multiplier grows. Values it refuses
     (``ConfigError``) count as too small. Raises ``ConfigError`` (MF-203) where no multiplier up to 10^7 will do.
     """
     _need(0.0 < target_epsilon < math.inf, f"target epsilon {target_epsilon} is not positive", "correct it")
-    _need(events >= 1, f"{events} events", "correct it")
+    _need(attempts >= 1, f"{attempts} attempts", "correct it")
 
     def suffices(steps: int) -> bool:
         try:
             mechanism = make(steps / _MULTIPLIER_STEPS)
         except ConfigError:
             return False
-        return epsilon(compose(mechanism, events), delta) <= target_epsilon
+        return epsilon(compose(mechanism, attempts), delta) <= target_epsilon
 
     high = _MULTIPLIER_STEPS
     while not suffices(high):

@@ -9,11 +9,12 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from medfed.errors import ConfigError, PrivacyError, RemoteProtocolError
 from medfed.privacy import accounting, quantize
 from medfed.privacy.accounting import Mechanism
+from medfed.standardization import most_of_one_patient
+from medfed.standardization import words as statistics_words
 from medfed.study import Study
 
 WRAP_PROBABILITY_LIMIT = 1e-9  # for all attempts and words together
@@ -23,7 +24,11 @@ WRAP_PROBABILITY_LIMIT = 1e-9  # for all attempts and words together
 class Plan:
     """What follows from a study whose model has ``words`` trainable parameters.
 
-    ``noise_sd``: standard deviation, in grid units of 2^-exponent, of the noise this one hospital adds.
+    ``exponent`` and ``limit`` are those of the ring's grid, on which vectors are masked and summed. ``noise_exponent`` and
+    ``noise_limit`` are those of the grid on which a clipped sum is saturated and noised: the same grid where that very sum
+    is masked, one of its own for local steps, whose outcome is masked without more noise.
+    ``noise_sd``: standard deviation, in units of 2^-noise_exponent, of the noise this one hospital adds to a sum.
+    ``statistics_words``, ``statistics_exponent`` and ``statistics_noise_sd`` are those of the sum before round 1, 0 without.
     ``mechanism``: what the stated guarantee counts: this hospital's noise (``local``), or the shares of the
     hospitals - colluders that are surely honest (``distributed``).
     ``own_mechanism``: this hospital's noise alone, which is what remains should the secure sum fail.
@@ -34,7 +39,12 @@ class Plan:
     ring_bits: int
     exponent: int
     limit: int
+    noise_exponent: int
+    noise_limit: int
     noise_sd: float
+    statistics_words: int
+    statistics_exponent: int
+    statistics_noise_sd: float
     mechanism: Mechanism
     own_mechanism: Mechanism
     attempts: int
@@ -47,67 +57,129 @@ class Plan:
         return self.epsilon_after(self.attempts)
 
     @property
+    def ring_words(self) -> int:
+        """Length of every masked vector: the model's parameters, or the statistics where those are more."""
+        return max(self.words, self.statistics_words)
+
+    def grid_exponent(self, completed_rounds: int) -> int:
+        """Of the sum that leads on from the state after ``completed_rounds``."""
+        return self.statistics_exponent if self.statistics_words and completed_rounds == 0 else self.exponent
+
+    @property
+    def events_per_attempt(self) -> int:
+        """Noised sums behind one upload: the local steps of a round, or 1."""
+        return self.mechanism.repeats
+
+    @property
     def own_epsilon(self) -> float:
         """Epsilon of all attempts if every upload were seen unmasked."""
         return accounting.epsilon(accounting.compose(self.own_mechanism, self.attempts), self.delta)
 
     def epsilon_after(self, attempts: int) -> float:
-        """Epsilon once ``attempts`` events of the list are spent."""
+        """Epsilon once ``attempts`` of the list are spent, with all their local steps."""
         return accounting.epsilon(accounting.compose(self.mechanism, attempts), self.delta) if attempts else 0.0
 
-    def read_total(self, data: bytes) -> NDArray[np.int64]:
-        """A released ring sum as it travels (little-endian words) -> int64[words]; MF-180 if its length is wrong."""
-        if len(data) != self.words * self.ring_bits // 8:
+    def read_total(self, data: bytes | memoryview) -> quantize.RingIntegers:
+        """A released ring sum as it travels (little-endian words), read as two's complement: a view, signed integers
+        [ring_words]. MF-180 if its length is wrong."""
+        if len(data) != self.ring_words * self.ring_bits // 8:
             raise RemoteProtocolError(180, f"a released sum of {len(data)} bytes", "both sides need the same study")
         if self.ring_bits == 16:
-            return quantize.unwrap(np.frombuffer(data, "<u2").astype(np.uint16))
-        return quantize.unwrap(np.frombuffer(data, "<u4").astype(np.uint32))
+            return quantize.unwrap(np.frombuffer(data, "<u2").astype(np.uint16, copy=False))
+        return quantize.unwrap(np.frombuffer(data, "<u4").astype(np.uint32, copy=False))
 
 
 def make_plan(study: Study, words: int) -> Plan:
     """Work out a study.
 
-    Raises: ``PrivacyError`` MF-145 if the ring is too narrow for the sum and its noise, or the grid so coarse that its
-    rounding would add more than a tenth to the sensitivity.
+    Raises: ``PrivacyError`` MF-145 if the ring is too narrow for the sum and its noise, or the grid of the noise so coarse
+    that its rounding would add more than a tenth to the sensitivity.
     """
     parties, bits = study.cohort.hospitals, study.quantization.ring_bits
-    exponent = quantize.grid_exponent(bits, parties, study.quantization.range)
-    limit = quantize.limit(bits, parties)
-    clip = study.privacy.clipping_norm * 2.0**exponent
+    noise_exponent, noise_limit = _noise_grid(study)
+    clip = study.privacy.clipping_norm * 2.0**noise_exponent
     if math.sqrt(words) > clip / 10:
         raise PrivacyError(145, "the grid is too coarse for this model", "use the 32-bit ring or a smaller range")
-    mechanism, own = _mechanisms(study, words, exponent)
-    total_sd = own.sigma * math.sqrt(parties)
-    wrap = min(1.0, study.training.attempts * quantize.wrap_probability(parties, limit, total_sd, words, bits))
+    mechanism, own = _mechanisms(study, words)
+    exponent, limit = _ring_grid(study)
+    if study.training.local is None:
+        total_sd = own.sigma * math.sqrt(parties)
+        wrap = study.training.attempts * quantize.wrap_probability(parties, limit, total_sd, words, bits)
+    else:
+        wrap = 0.0  # updates saturate after the noise: their sum cannot leave the ring
+    before = own.beforehand
+    if before is not None:
+        total_sd = before.sigma * math.sqrt(parties)
+        wrap += before.repeats * quantize.wrap_probability(parties, limit, total_sd, before.dimensions, bits)
     if wrap > WRAP_PROBABILITY_LIMIT:
         raise PrivacyError(
-            145, f"the masked sum could overflow (chance {wrap:.1g})", "use a larger range or less noise"
+            145, f"the masked sum could overflow (chance {min(1.0, wrap):.1g})", "use a larger range or less noise"
         )
     return Plan(
         words=words,
         ring_bits=bits,
         exponent=exponent,
         limit=limit,
+        noise_exponent=noise_exponent,
+        noise_limit=noise_limit,
         noise_sd=own.sigma,
+        statistics_words=statistics_words(study),
+        statistics_exponent=0 if before is None else _statistics_exponent(study),
+        statistics_noise_sd=0.0 if before is None else before.sigma,
         mechanism=mechanism,
         own_mechanism=own,
-        attempts=study.training.attempts,
+        attempts=study.attempts,
         delta=study.privacy.delta,
         wrap_probability=wrap,
     )
 
 
-def _mechanisms(study: Study, words: int, exponent: int) -> tuple[Mechanism, Mechanism]:
-    """The mechanism of the guarantee and that of one hospital's noise alone."""
-    privacy = study.privacy
+def _ring_grid(study: Study) -> tuple[int, int]:
+    """Exponent and limit of what is masked."""
+    parties, bits = study.cohort.hospitals, study.quantization.ring_bits
+    return quantize.grid_exponent(bits, parties, study.quantization.range), quantize.limit(bits, parties)
+
+
+def _noise_grid(study: Study) -> tuple[int, int]:
+    """Exponent and limit of a clipped sum before its noise. A local step's is never summed with others': it has the
+    whole of float32's integers."""
+    local = study.training.local
+    if local is None:
+        return _ring_grid(study)
+    if local.sum_range is None:
+        raise ConfigError(203, "training.local.sum_range is missing", "plan the study again")
+    return quantize.grid_exponent(32, 1, local.sum_range), quantize.limit(32, 1)
+
+
+def _mechanisms(study: Study, words: int) -> tuple[Mechanism, Mechanism]:
+    """The mechanism of the guarantee and that of one hospital's noise alone, of one attempt each."""
+    privacy, steps = study.privacy, study.training.events_per_attempt
+    exponent, _ = _noise_grid(study)
     # the noise is scaled to the sensitivity on the grid, rounding included, so that the multiplier is the true ratio
     sensitivity = accounting.sensitivity(privacy.clipping_norm, exponent, words)
     needed_sd = privacy.noise_multiplier * sensitivity
     honest = study.cohort.hospitals - study.cohort.colluders
     shares = honest if privacy.mode == "distributed" else 1
     share_sd = needed_sd / math.sqrt(shares)
-    mechanism = Mechanism(privacy.sampling_rate, share_sd, shares, sensitivity, words)
-    return mechanism, Mechanism(privacy.sampling_rate, share_sd, 1, sensitivity, words)
+    before = [_statistics_mechanism(study, observed, shares) for observed in (shares, 1)]
+    mechanism = Mechanism(privacy.sampling_rate, share_sd, shares, sensitivity, words, steps, before[0])
+    return mechanism, Mechanism(privacy.sampling_rate, share_sd, 1, sensitivity, words, steps, before[1])
+
+
+def _statistics_exponent(study: Study) -> int:
+    if study.statistics is None or study.statistics.range is None:
+        raise ConfigError(203, "statistics.range is missing", "plan the study again")
+    return quantize.grid_exponent(study.quantization.ring_bits, study.cohort.hospitals, study.statistics.range)
+
+
+def _statistics_mechanism(study: Study, observed: int, shares: int) -> Mechanism | None:
+    """All attempts at the statistics, where ``observed`` of the ``shares`` of noise stand before the observer."""
+    if study.statistics is None:
+        return None
+    length = statistics_words(study)
+    sensitivity = accounting.sensitivity(most_of_one_patient(study), _statistics_exponent(study), length)
+    share_sd = study.statistics.noise_multiplier * sensitivity / math.sqrt(shares)
+    return Mechanism(1.0, share_sd, observed, sensitivity, length, study.statistics.attempts)
 
 
 def calibrate(study: Study, words: int, epsilon: float) -> Study:
@@ -119,12 +191,9 @@ def calibrate(study: Study, words: int, epsilon: float) -> Study:
 
     def mechanism(noise_multiplier: float) -> Mechanism:
         trial = draft.privacy.model_copy(update={"noise_multiplier": noise_multiplier})
-        exponent = quantize.grid_exponent(
-            study.quantization.ring_bits, study.cohort.hospitals, study.quantization.range
-        )
-        return _mechanisms(draft.model_copy(update={"privacy": trial}), words, exponent)[0]
+        return _mechanisms(draft.model_copy(update={"privacy": trial}), words)[0]
 
-    found = accounting.calibrate(epsilon, study.privacy.delta, study.training.attempts, mechanism)
+    found = accounting.calibrate(epsilon, study.privacy.delta, study.attempts, mechanism)
     if not 0.3 <= found <= 10_000:
         raise ConfigError(203, f"epsilon {epsilon:g} needs a noise multiplier of {found:g}", "choose 0.3 to 10000")
     return draft.model_copy(update={"privacy": draft.privacy.model_copy(update={"noise_multiplier": found})})

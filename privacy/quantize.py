@@ -18,9 +18,11 @@ from medfed.errors import ConfigError, LocalProtocolError
 
 RING_BITS = (16, 32)
 FLOAT32_EXACT = 2**24 - 1
+BLOCK = 1 << 16  # numbers worked on at once: half a megabyte an array, which stays in the processor's cache
 _EXPONENTS = range(-512, 513)
 
 RingWords = NDArray[np.uint16] | NDArray[np.uint32]
+RingIntegers = NDArray[np.int16] | NDArray[np.int32]
 
 
 def _ring(ring_bits: int) -> None:
@@ -61,11 +63,15 @@ def quantize(vector: NDArray[np.float64], exponent: int, bound: int) -> NDArray[
     *Guarantees* Unsaturated values err by at most 2^-(e+1); values out of range saturate and never wrap; vectors that
     differ by y come out at most \\|y\\| 2^e + sqrt(d) apart. Raises ``LocalProtocolError`` (MF-184) for NaN or infinity.
     """
-    if not np.isfinite(vector).all():
-        raise LocalProtocolError(184, "the vector to send is not finite", "check the records and the learning rate")
-    with np.errstate(over="ignore", under="ignore"):
-        scaled = np.ldexp(vector, exponent)
-    words: NDArray[np.int64] = np.rint(np.clip(scaled, -bound, bound)).astype(np.int64)
+    words = np.empty(vector.size, np.int64)
+    for start in range(0, vector.size, BLOCK):
+        part = vector[start : start + BLOCK]
+        if not np.isfinite(part).all():
+            raise LocalProtocolError(184, "the vector to send is not finite", "check the records and the learning rate")
+        with np.errstate(over="ignore", under="ignore"):
+            scaled = np.ldexp(part, exponent)
+        np.clip(scaled, -bound, bound, out=scaled)
+        words[start : start + BLOCK] = np.rint(scaled, out=scaled)
     return words
 
 
@@ -83,12 +89,12 @@ def wrap(words: NDArray[np.int64], ring_bits: int) -> RingWords:
     return (words & 0xFFFFFFFF).astype(np.uint32)
 
 
-def unwrap(words: RingWords) -> NDArray[np.int64]:
-    """The two's complement reading of ring words: exact wherever the true sum lies in [-2^(k-1), 2^(k-1) - 1]."""
+def unwrap(words: RingWords) -> RingIntegers:
+    """The two's complement reading of ring words, as a view: exact wherever the true sum lies in [-2^(k-1), 2^(k-1) - 1]."""
     if words.dtype == np.uint16:
-        return words.astype(np.uint16).view(np.int16).astype(np.int64)
+        return words.view(np.int16)
     if words.dtype == np.uint32:
-        return words.astype(np.uint32).view(np.int32).astype(np.int64)
+        return words.view(np.int32)
     raise LocalProtocolError(180, f"ring words of type {words.dtype}", "use uint16 or uint32")
 
 

@@ -13,8 +13,10 @@ class Statement(TypedDict):
     """``privacy.json``. Epsilons are upper bounds at ``delta``.
 
     ``epsilon``: of the fixed list of all attempts, which is what was approved. ``epsilon_spent``: of the attempts used.
-    ``epsilon_own_noise_alone``: what is left of the guarantee should the secure sum fail. ``excess_noise``: variance of
-    the noise in the sum over the variance the guarantee needs, as all hospitals add theirs.
+    ``epsilon_own_noise_alone``: what is left of the guarantee should the secure sum fail. ``events_per_attempt``: the local
+    steps of a round, each a mechanism of its own; the update they make is post-processing. ``statistics_attempts``: events
+    before round 1, of all patients, all of them counted in every epsilon. ``excess_noise``: variance of the noise in the sum
+    over the variance the guarantee needs, as all hospitals add theirs.
     """
 
     study: str
@@ -31,6 +33,8 @@ class Statement(TypedDict):
     noise_multiplier: float
     clipping_norm: float
     sampling_rate: float
+    events_per_attempt: int
+    statistics_attempts: int
     attempts_used: int
     attempts_approved: int
     cohort: int
@@ -67,6 +71,8 @@ def statement(study: Study, plan: Plan, attempts_used: int, versions: dict[str, 
         noise_multiplier=privacy.noise_multiplier,
         clipping_norm=privacy.clipping_norm,
         sampling_rate=privacy.sampling_rate,
+        events_per_attempt=plan.events_per_attempt,
+        statistics_attempts=0 if study.statistics is None else study.statistics.attempts,
         attempts_used=attempts_used,
         attempts_approved=plan.attempts,
         cohort=cohort.hospitals,

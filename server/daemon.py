@@ -10,8 +10,10 @@ from pathlib import Path
 
 from medfed.advance import first_state
 from medfed.errors import ConfigError, ExitStatus, MedfedError, PrivacyError
+from medfed.health import COORDINATOR, health_service
 from medfed.models import catalogue, parameters
 from medfed.privacy.plan import make_plan
+from medfed.process import give_large_memory_back
 from medfed.progress import Progress
 from medfed.roster import load_roster
 from medfed.seams import Seams, require_system_entropy, system_seams
@@ -21,6 +23,7 @@ from medfed.server.rounds import Assignment, Rounds
 from medfed.server.setup import MODEL_NAME, ROSTER_NAME, Office, load_office
 from medfed.server.store import Checkpoint, Store
 from medfed.study import load_study
+from medfed.wire import frame_limit_bytes
 
 log = logging.getLogger("medfed.server")
 
@@ -51,7 +54,7 @@ def load_assignment(office: Office) -> Assignment:
     if plan.epsilon > study.privacy.epsilon:
         what = f"the study states epsilon {study.privacy.epsilon:g}, it is {plan.epsilon:.4f}"
         raise PrivacyError(135, what, "plan it again: medfed-server study new")
-    return Assignment(study, roster, plan, first_state(parameters.from_safetensors(model, model_file)), identity)
+    return Assignment(study, roster, plan, first_state(parameters.from_safetensors(model, model_file), study), identity)
 
 
 def run_folder(office: Office, assignment: Assignment) -> Path:
@@ -86,7 +89,7 @@ class StatusFile:
             "what": what,
             "failed": failed,
             "round": checkpoint.state.completed_rounds,
-            "rounds": study.training.rounds,
+            "rounds": study.released_sums,
             "attempts_used": checkpoint.last_attempt,
             "attempts": plan.attempts,
             "epsilon_spent": self._spent(checkpoint.last_attempt),
@@ -107,12 +110,14 @@ def train(exchange: Exchange, config_path: Path) -> None:
 def train_with(exchange: Exchange, config_path: Path, seams: Seams) -> Checkpoint:
     """The same with any seams: what a rehearsal calls."""
     office = load_office(seams, config_path)
-    assignment = load_assignment(office)
+    whole = load_assignment(office)
+    assignment = whole.without_first()
     folder = run_folder(office, assignment)
-    store = Store(seams.files, folder, assignment.plan.words)
-    with Progress(assignment.study.study.name, assignment.study.training.rounds, sys.stderr) as progress:
+    store = Store(seams.files, folder, assignment.study, assignment.plan.words)
+    with Progress(assignment.study.study.name, assignment.study.released_sums, sys.stderr) as progress:
         observe = StatusFile(office, assignment, progress)
-        rounds = Rounds(assignment, exchange, store, seams, observe)
+        rounds = Rounds(whole, exchange, store, seams, observe)
+        del whole
         try:
             checkpoint = rounds.run()
         except MedfedError as error:
@@ -130,6 +135,7 @@ def run_coordinator(config_path: Path, seams: Seams, stop: threading.Event) -> i
     from medfed.server.link.serve import ChildTask, serve
     from medfed.server.link.superlink import LinkSettings
 
+    give_large_memory_back()
     office = load_office(seams, config_path)
     assignment = load_assignment(office)
     listen = office.config.listen
@@ -140,10 +146,22 @@ def run_coordinator(config_path: Path, seams: Seams, stop: threading.Event) -> i
         certificate=office.certificates.certificate,
         key=office.certificates.key,
         certificate_authority=office.certificates.authority,
+        stored_bytes=_stored_bytes(assignment),
     )
     node_keys = [entry.node_key.encode() for entry in assignment.roster.hospitals]
-    with seams.files.lock(office.folder / "run.lock"):
-        return serve(settings, node_keys, ChildTask("medfed.server.daemon:train", config_path), seams, stop)
+    work = ChildTask("medfed.server.daemon:train", config_path, frame_limit_bytes(assignment.vector_limit_bytes))
+    del assignment  # the first model with it: the child has its own
+    with (
+        seams.files.lock(office.folder / "run.lock"),
+        health_service(office.config.health, COORDINATOR, stop) as tell,
+    ):
+        return serve(settings, node_keys, work, seams, stop, tell)
+
+
+def _stored_bytes(assignment: Assignment) -> int:
+    """What may be in transit: a request and its successor, and from every hospital a reply and one repeated."""
+    frames = 2 + 2 * len(assignment.roster.hospitals)
+    return 2 * frames * frame_limit_bytes(assignment.vector_limit_bytes)  # twice: a slot is larger than what is in it
 
 
 def read_status(config_path: Path, seams: Seams) -> dict[str, object]:

@@ -6,12 +6,11 @@ import math
 from collections.abc import Iterator
 from typing import TypedDict
 
-from medfed.advance import divisor
 from medfed.display import block, shown
 from medfed.errors import PrivacyError
 from medfed.model_choice import described
 from medfed.models import catalogue, parameters
-from medfed.privacy.plan import make_plan
+from medfed.privacy.plan import Plan, make_plan
 from medfed.privacy.statement import statement
 from medfed.roster import Roster
 from medfed.study import Study
@@ -19,8 +18,10 @@ from medfed.study import Study
 
 class StudyCheck(TypedDict):
     """``epsilon`` counts all attempts. ``noise_sd_of_mean``: standard deviation of the noise in each coordinate of the
-    released mean gradient (clipped to ``clipping_norm``), null without the roster. ``grid_step`` and ``range`` are in
-    units of the gradient; ``wrap_probability`` is for all attempts and words together."""
+    released mean (of gradients clipped to ``clipping_norm``, or of the updates of local steps), null without the roster.
+    ``statistics_noise_sd``: the same of a feature's mean before round 1, in halves of its public range.
+    ``grid_step`` and ``range`` are in units of the gradient or update; ``wrap_probability`` is for all attempts and words
+    together."""
 
     study: str
     study_sha256: str
@@ -33,6 +34,8 @@ class StudyCheck(TypedDict):
     colluders: int
     rounds: int
     spare_attempts: int
+    aggregate: str
+    local_steps: int
     sampling_rate: float
     unit: str
     mode: str
@@ -45,6 +48,8 @@ class StudyCheck(TypedDict):
     clipping_norm: float
     excess_noise: float
     noise_sd_of_mean: float | None
+    statistics_attempts: int
+    statistics_noise_sd: float | None
     ring_bits: int
     grid_step: float
     range: float
@@ -64,8 +69,7 @@ def check(study: Study, roster: Roster | None, wall_s: float) -> StudyCheck:
     step = 2.0**-plan.exponent
     noise = None
     if roster is not None:
-        total_sd = plan.noise_sd * step * math.sqrt(study.cohort.hospitals)
-        noise = total_sd / divisor(study, roster.nominal_patients)
+        noise = _noise_sd_of_mean(study, plan, roster)
     return StudyCheck(
         study=study.study.name,
         study_sha256=study.hash().hex(),
@@ -78,26 +82,45 @@ def check(study: Study, roster: Roster | None, wall_s: float) -> StudyCheck:
         colluders=study.cohort.colluders,
         rounds=study.training.rounds,
         spare_attempts=study.training.spare_attempts,
+        aggregate=study.training.aggregate,
+        local_steps=plan.events_per_attempt,
         sampling_rate=study.privacy.sampling_rate,
         unit=study.privacy.unit,
         mode=study.privacy.mode,
         epsilon_claimed=study.privacy.epsilon,
         epsilon=plan.epsilon,
-        epsilon_without_spares=plan.epsilon_after(study.training.rounds),
+        epsilon_without_spares=plan.epsilon_after(study.released_sums),
         epsilon_own_noise_alone=plan.own_epsilon,
         delta=plan.delta,
         noise_multiplier=study.privacy.noise_multiplier,
         clipping_norm=study.privacy.clipping_norm,
         excess_noise=said["excess_noise"],
         noise_sd_of_mean=noise,
+        statistics_attempts=said["statistics_attempts"],
+        statistics_noise_sd=None if roster is None else _statistics_noise_sd(study, plan, roster),
         ring_bits=plan.ring_bits,
         grid_step=step,
         range=study.quantization.range,
         wrap_probability=plan.wrap_probability,
-        upload_bytes_per_round=plan.words * plan.ring_bits // 8,
+        upload_bytes_per_round=plan.ring_words * plan.ring_bits // 8,
         holds_against=said["holds_against"],
         not_claimed=said["not_claimed"],
     )
+
+
+def _noise_sd_of_mean(study: Study, plan: Plan, roster: Roster) -> float:
+    """Of local steps: of the noise as it was added, not of how later steps answer to it."""
+    sum_sd = plan.noise_sd * 2.0**-plan.noise_exponent * math.sqrt(study.cohort.hospitals)
+    mean_sd = sum_sd / (study.privacy.sampling_rate * roster.nominal_patients)
+    local = study.training.local
+    return mean_sd if local is None else mean_sd * local.learning_rate * math.sqrt(local.steps)
+
+
+def _statistics_noise_sd(study: Study, plan: Plan, roster: Roster) -> float | None:
+    if not plan.statistics_words:
+        return None
+    sum_sd = plan.statistics_noise_sd * 2.0**-plan.statistics_exponent * math.sqrt(study.cohort.hospitals)
+    return sum_sd / roster.nominal_patients
 
 
 def in_words(checked: StudyCheck) -> Iterator[str]:
@@ -107,9 +130,11 @@ def in_words(checked: StudyCheck) -> Iterator[str]:
     yield from block(checked["purpose"])
     yield (
         f"Trains {checked['model']} ({checked['parameters']} parameters) for {checked['rounds']} rounds, with "
-        f"{checked['spare_attempts']} spare attempts; each {checked['unit']} is in a round with chance "
-        f"{checked['sampling_rate']:g}."
+        f"{checked['spare_attempts']} spare attempts; each {checked['unit']} is in a "
+        f"{'round' if checked['local_steps'] == 1 else 'step'} with chance {checked['sampling_rate']:g}."
     )
+    if checked["local_steps"] > 1:
+        yield f"  {checked['local_steps']} private steps a round at each hospital, each of them counted"
     yield (
         f"Privacy: epsilon {checked['epsilon']:.4g} for all attempts (claimed {checked['epsilon_claimed']:g}), "
         f"{checked['epsilon_without_spares']:.4g} without spares, at delta {checked['delta']:g} a {checked['unit']}."
@@ -122,13 +147,21 @@ def in_words(checked: StudyCheck) -> Iterator[str]:
         f"{checked['excess_noise']:.4g} times the variance that the guarantee needs."
     )
     if checked["noise_sd_of_mean"] is not None:
-        yield f"  in each coordinate of the mean gradient: standard deviation {checked['noise_sd_of_mean']:.3g}"
+        yield f"  in each coordinate of the mean {checked['aggregate']}: standard deviation {checked['noise_sd_of_mean']:.3g}"
+    if checked["statistics_attempts"]:
+        noise = checked["statistics_noise_sd"]
+        yield (
+            f"Statistics: before round 1, mean and scale of the numeric features from one sum over all patients, in at most "
+            f"{checked['statistics_attempts']} attempts, all counted above."
+        )
+        if noise is not None:
+            yield f"  in each mean: standard deviation {noise:.3g} of half the feature's range; useless where that is wide"
     yield (
         f"Cohort: {checked['hospitals']} hospitals, of which {checked['colluders']} may conspire with the coordinator; "
         "all of them are needed in every round."
     )
     yield (
-        f"Sums: {checked['ring_bits']}-bit ring, steps of {checked['grid_step']:.3g}, a hospital's sum saturates beyond "
+        f"Sums: {checked['ring_bits']}-bit ring, steps of {checked['grid_step']:.3g}, a hospital's word saturates beyond "
         f"{checked['range']:g}; chance that any word wraps {checked['wrap_probability']:.1g}; "
         f"{checked['upload_bytes_per_round']} bytes of vector an upload."
     )

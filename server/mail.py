@@ -24,7 +24,11 @@ from medfed.wire import (
 log = logging.getLogger("medfed.server")
 
 POLL_S = 0.02
-RESEND_S = 15.0  # a message in a killed hospital's hands is lost; hospitals answer repeats with identical bytes
+# A message in a killed hospital's hands is lost; hospitals answer repeats with identical bytes. One that was seen away is
+# asked again when it is back. One that was not may just be busy: it is asked ever more rarely, as every repeat waits at it.
+RESEND_S = 15.0
+RESEND_AT_MOST_S = 240.0
+LOOK_S = 2.0
 RETRY_S = 2.0  # after a fault, or while a hospital has not approved yet
 
 
@@ -51,9 +55,9 @@ class Envelope:
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """The request: the same bytes for every hospital and every repeat."""
+    """The request: ``frame`` gives the same bytes for every hospital and every repeat; asked for when they are sent."""
 
-    frame: bytes
+    frame: Callable[[], bytes]
     kind: Kind
     timeout_s: float
 
@@ -76,6 +80,9 @@ class Mail:
         self._name = name
         self._end = clock.monotonic() + outgoing.timeout_s
         self._due: dict[int, float] = {}
+        self._pauses: dict[int, float] = {}  # by position: how long the next repeat waits
+        self._away: frozenset[int] = frozenset()
+        self._look = 0.0
 
     def again(self, position: int, after_s: float) -> None:
         """Send once more, soon."""
@@ -99,13 +106,19 @@ class Mail:
 
     def _send_due(self, waiting: frozenset[int], now: float) -> None:
         due = {position for position in waiting if self._due.get(position, 0.0) <= now}
-        if not due:
+        if not due and now < self._look:
             return
         online = self._exchange.online()
-        for position in sorted(due & online):
-            left = min(self._outgoing.timeout_s, self._end - now + 1)
-            self._exchange.send(position, self._outgoing.kind, self._outgoing.frame, left)
-            self._due[position] = now + RESEND_S
+        self._look = now + LOOK_S
+        due |= waiting & self._away & online
+        self._away = waiting - online
+        if ready := sorted(due & online):
+            frame = self._outgoing.frame()
+            for position in ready:
+                left = min(self._outgoing.timeout_s, self._end - now + 1)
+                self._exchange.send(position, self._outgoing.kind, frame, left)
+                pause = self._pauses.get(position, RESEND_S)
+                self._due[position], self._pauses[position] = now + pause, min(2 * pause, RESEND_AT_MOST_S)
         for position in due - online:
             self._due[position] = now + 0.25
 

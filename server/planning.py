@@ -21,8 +21,10 @@ from medfed.study import (
     Cohort,
     Deadlines,
     Header,
+    LocalSteps,
     Privacy,
     Quantization,
+    Statistics,
     Study,
     Task,
     Training,
@@ -43,6 +45,7 @@ class TaskFile(StrictModel):
     task: Task
     data: DataContract
     model: ModelChoice
+    statistics: Statistics | None = None
     training: Training
     sampling_rate: Annotated[float, Field(gt=0.0, le=1.0)]
     clipping_norm: Annotated[float, Field(gt=0.0, le=1000.0)]
@@ -96,13 +99,15 @@ def plan_study(task: TaskFile, decisions: Decisions, roster: Roster) -> tuple[St
             140, f"{len(roster.hospitals)} hospitals are enrolled", "a sum needs at least 3: enroll more"
         )
     largest = max(entry.nominal_patients for entry in roster.hospitals)
+    sum_range = _sum_range(task, largest)
     try:
         draft = Study(
             study=Header(format=1, name=decisions.name, purpose=task.purpose, expires=decisions.expires),
             task=task.task,
             data=task.data,
             model=task.model.model_copy(update={"first_model_sha256": "0" * 64}),
-            training=task.training,
+            statistics=_with_range(task.statistics, largest),
+            training=_completed(task.training, sum_range),
             privacy=Privacy(
                 unit=decisions.unit,
                 adjacency="add-remove",
@@ -113,7 +118,7 @@ def plan_study(task: TaskFile, decisions: Decisions, roster: Roster) -> tuple[St
                 delta=decisions.delta,
                 epsilon=decisions.epsilon,
             ),
-            quantization=Quantization(ring_bits=32, range=_range(task, largest)),
+            quantization=Quantization(ring_bits=32, range=sum_range),
             cohort=Cohort(
                 hospitals=len(roster.hospitals), colluders=decisions.colluders, roster_sha256=roster.hash().hex()
             ),
@@ -127,11 +132,44 @@ def plan_study(task: TaskFile, decisions: Decisions, roster: Roster) -> tuple[St
     model_file = parameters.to_safetensors(model, parameters.flatten(model))
     pinned = draft.model.model_copy(update={"first_model_sha256": parameters.file_hash(model_file)})
     study = plans.calibrate(draft.model_copy(update={"model": pinned}), parameters.count(model), decisions.epsilon)
+    if study.training.local is not None:
+        study = _with_update_range(study, study.training.local, parameters.count(model), roster)
     plans.make_plan(study, parameters.count(model))
     return study, model_file
 
 
-def _range(task: TaskFile, largest_hospital: int) -> float:
+def _completed(training: Training, sum_range: float) -> Training:
+    """With the bound of a local step's sum, where there are local steps and the task leaves it open."""
+    if training.local is None or training.local.sum_range is not None:
+        return training
+    return training.model_copy(update={"local": training.local.model_copy(update={"sum_range": sum_range})})
+
+
+def _with_range(statistics: Statistics | None, largest_hospital: int) -> Statistics | None:
+    """With the bound of a hospital's sum: no coordinate exceeds its patients, if it has at most an eighth more than it said."""
+    if statistics is None or statistics.range is not None:
+        return statistics
+    return statistics.model_copy(update={"range": 2.0 ** math.ceil(math.log2(largest_hospital * 1.125))})
+
+
+def _with_update_range(study: Study, local: LocalSteps, words: int, roster: Roster) -> Study:
+    """The study with a ring that holds the largest hospital's weighted update, with room to spare.
+
+    All public: steps x learning rate x (what a step's mean clipped gradient can be, and eight standard deviations of the
+    noise in it) x that hospital's share of the patients. Four times that leaves room for training without clipping.
+    """
+    privacy, plan = study.privacy, plans.make_plan(study, words)
+    largest = max(entry.nominal_patients for entry in roster.hospitals)
+    expected = privacy.sampling_rate * largest
+    most_patients = min(float(largest), expected + 6.0 * math.sqrt(expected))
+    noise = 8.0 * math.sqrt(local.steps) * plan.noise_sd * 2.0**-plan.noise_exponent
+    way = local.learning_rate * (local.steps * most_patients * privacy.clipping_norm + noise) / expected
+    bound = 4.0 * way * largest / roster.nominal_patients
+    quantization = study.quantization.model_copy(update={"range": 2.0 ** math.ceil(math.log2(bound))})
+    return study.model_copy(update={"quantization": quantization})
+
+
+def _sum_range(task: TaskFile, largest_hospital: int) -> float:
     """A power of two that no coordinate of a hospital's clipped sum exceeds if its size is as declared."""
     expected = task.sampling_rate * largest_hospital * task.clipping_norm
     spread = 6.0 * math.sqrt(task.sampling_rate * largest_hospital) * task.clipping_norm

@@ -11,8 +11,10 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from medfed.advance import ModelState, advance, state_bytes, state_hash, state_size_bytes, task_hash
-from medfed.errors import EnvironmentFault, PrivacyError, ProtocolError, RemoteProtocolError
+from medfed.errors import EnvironmentFault, MedfedError, PrivacyError, ProtocolError, RemoteProtocolError
 from medfed.identity import Identity, verify
 from medfed.privacy.plan import Plan
 from medfed.privacy.secagg.aggregator import Aggregator
@@ -57,6 +59,14 @@ class SessionLost(Exception):
     """A hospital restarted during setup: the keys of its first offer are gone. Costs nothing."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """What is remembered of the open attempt's request; the rest lies on disk."""
+
+    attempt: int
+    nonce: bytes
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Assignment:
     """All that one run is about."""
@@ -67,10 +77,31 @@ class Assignment:
     first: ModelState
     identity: Identity
 
-    def advance(self, state: ModelState, total: bytes) -> ModelState:
+    def without_first(self) -> Assignment:
+        """The same for the rounds after the first, without the first model's memory."""
+        nothing = np.zeros(0, np.float32)
+        return replace(self, first=ModelState(0, nothing, nothing, nothing, nothing))
+
+    @property
+    def vector_limit_bytes(self) -> int:
+        """The longest vector that travels: a state or an upload."""
+        return max(state_size_bytes(self.study, self.plan.words), self.secagg_config().upload_bytes)
+
+    def secagg_config(self) -> AggregatorConfig:
+        return AggregatorConfig(
+            config_hash=self.study.hash(),
+            roster_hash=self.roster.hash(),
+            identities=self.roster.identities,
+            colluders=self.study.cohort.colluders,
+            words=self.plan.ring_words,
+            ring_bits=self.study.quantization.ring_bits,
+        )
+
+    def advance(self, state: ModelState, total: bytes | memoryview) -> ModelState:
         integers = self.plan.read_total(total)
         nominal = self.roster.nominal_patients
-        return advance(state, integers, self.study, grid_exponent=self.plan.exponent, nominal_patients=nominal)
+        exponent = self.plan.grid_exponent(state.completed_rounds)
+        return advance(state, integers, self.study, grid_exponent=exponent, nominal_patients=nominal)
 
 
 Observer = Callable[[Checkpoint, str], None]  # (checkpoint, what is going on) for progress and status
@@ -82,9 +113,9 @@ class Rounds:
     def __init__(
         self, assignment: Assignment, exchange: Exchange, store: Store, seams: Seams, observe: Observer
     ) -> None:
-        self._it = assignment
+        self._it = assignment.without_first()
         self._study_hash = assignment.study.hash()
-        self._limit = max(state_size_bytes(assignment.plan.words), self._secagg_config().upload_bytes)
+        self._limit = assignment.vector_limit_bytes
         self._exchange = exchange
         self._store = store
         self._clock = seams.clock
@@ -93,6 +124,8 @@ class Rounds:
         self._aggregator: Aggregator | None = None
         self._session = b""
         self._transfers: set[bytes] = set()
+        # the request of the open attempt, until it is sent for the first time; then it lies on disk only
+        self._unsent: bytes | None = None
         loaded = store.load_checkpoint()
         self._checkpoint = loaded or Checkpoint(assignment.first, None, b"", (), 0, ())
 
@@ -107,18 +140,18 @@ class Rounds:
         Raises with the last good model kept: MF-190 attempts used up, MF-191 deadline, MF-192 a hospital refuses,
         MF-193 hospitals disagree.
         """
-        frame = self._open_attempt()
-        while self._checkpoint.state.completed_rounds < self._it.study.training.rounds:
-            if frame is None:
+        request = self._open_attempt()
+        while self._checkpoint.state.completed_rounds < self._it.study.released_sums:
+            if request is None:
                 self._ensure_session()
-                frame = self._new_attempt()
+                request = self._new_attempt()
             try:
-                self._complete(frame)
+                self._complete(request)
             except AttemptLost as lost:
                 log.warning("attempt %d is lost: %s", self._checkpoint.last_attempt, lost)
                 self._aggregator = None
             self._store.clear_open_attempt()
-            frame = None
+            request = None
         self._finish()
         return self._checkpoint
 
@@ -137,9 +170,9 @@ class Rounds:
     def _gather_offers(self, timeout_s: float) -> Aggregator:
         """One session's setup. Raises ``SessionLost`` if a hospital restarted in it, MF-191 at the deadline."""
         self._session = self._entropy.draw("session", 16)
-        aggregator = Aggregator(self._secagg_config())
+        aggregator = Aggregator(self._it.secagg_config())
         request = encode(SetupRequest(self._study_hash, self._session), self._it.identity)
-        mail = self._mail(request, Kind.QUERY, timeout_s)
+        mail = self._mail(lambda: request, Kind.QUERY, timeout_s)
         while not aggregator.offers_complete:
             waiting = aggregator.missing_offers
             self._observe(self._checkpoint, f"waiting for {self._names(waiting)}")
@@ -155,7 +188,7 @@ class Rounds:
         """An offer that does not verify or is not the sender's own is an alarm, and asked for again."""
         try:
             body, _ = split_offer(reply.offer)
-            if parse_offer(body, self._secagg_config()).position != position:
+            if parse_offer(body, self._it.secagg_config()).position != position:
                 raise RemoteProtocolError(111, "an offer in another hospital's name", "refused")
             aggregator.add_offer(reply.offer)
         except RemoteProtocolError as error:
@@ -164,7 +197,7 @@ class Rounds:
             log.error("ALARM: offer of %s refused: %s", self._name(position), error)
             mail.again(position, RETRY_S)
             return
-        if reply.highest_attempt > self._it.study.training.attempts:
+        if reply.highest_attempt > self._it.study.attempts:
             raise PrivacyError(
                 192,
                 f"{self._name(position)} claims to have used attempt {reply.highest_attempt}",
@@ -173,20 +206,9 @@ class Rounds:
         highest = max(self._checkpoint.last_attempt, reply.highest_attempt)
         self._checkpoint = replace(self._checkpoint, last_attempt=highest)
 
-    def _secagg_config(self) -> AggregatorConfig:
-        it = self._it
-        return AggregatorConfig(
-            config_hash=self._study_hash,
-            roster_hash=it.roster.hash(),
-            identities=it.roster.identities,
-            colluders=it.study.cohort.colluders,
-            words=it.plan.words,
-            ring_bits=it.study.quantization.ring_bits,
-        )
-
     # --- an attempt --------------------------------------------------------------------------------------------------
 
-    def _open_attempt(self) -> bytes | None:
+    def _open_attempt(self) -> _Attempt | None:
         """The attempt that was open when the coordinator died: asked again with the same bytes, it costs nothing."""
         frame = self._store.load_open_attempt()
         if frame is None:
@@ -197,17 +219,24 @@ class Rounds:
             self._store.clear_open_attempt()
             return None
         log.info("resuming attempt %d", request.attempt)
-        self._aggregator = Aggregator.from_offers(self._secagg_config(), request.offers)
+        self._aggregator = Aggregator.from_offers(self._it.secagg_config(), request.offers)
         self._session = request.session
         self._aggregator.open_round(request.attempt, task_hash(self._study_hash, state))
-        self._checkpoint = replace(self._checkpoint, last_attempt=request.attempt)
-        return frame
+        self._checkpoint = replace(self._checkpoint, last_attempt=request.attempt, previous=None, total=b"")
+        return _Attempt(request.attempt, request.nonce)
 
-    def _new_attempt(self) -> bytes:
+    def _most_attempts(self, completed_rounds: int) -> int:
+        """The last attempt that may be made here: of the statistics, which come first, as many as the study names."""
+        statistics = self._it.study.statistics
+        if statistics is not None and completed_rounds == 0:
+            return statistics.attempts
+        return self._it.study.attempts
+
+    def _new_attempt(self) -> _Attempt:
         """Take the next event of the fixed list and write its request down before anybody is asked."""
         attempt = self._checkpoint.last_attempt + 1
-        if attempt > self._it.study.training.attempts:
-            done = self._checkpoint.state.completed_rounds
+        done = self._checkpoint.state.completed_rounds
+        if attempt > self._most_attempts(done):
             raise EnvironmentFault(
                 190, f"all attempts are used after round {done}", "use the last good model, or plan a new study"
             )
@@ -222,42 +251,69 @@ class Rounds:
             state.completed_rounds,
             state_hash(self._study_hash, state),
             aggregator.offers(),
-            self._checkpoint.total,
+            self._total(),
         )
-        frame = encode(request, self._it.identity)
-        self._store.save_open_attempt(frame)
-        self._checkpoint = replace(self._checkpoint, last_attempt=attempt)
+        self._unsent = encode(request, self._it.identity)
+        self._store.save_open_attempt(self._unsent)
+        # from here on the total is in the request; its own bytes may be those that the aggregator now sets to zero
+        self._checkpoint = replace(self._checkpoint, last_attempt=attempt, previous=None, total=b"")
         aggregator.open_round(attempt, task_hash(self._study_hash, state))
+        return _Attempt(attempt, request.nonce)
+
+    def _total(self) -> bytes | memoryview:
+        """The sum that led to this state: in memory right after its round, else from the checkpoint on disk."""
+        if self._checkpoint.state.completed_rounds == 0 or len(self._checkpoint.total):
+            return self._checkpoint.total
+        return self._stored().total
+
+    def _stored(self) -> Checkpoint:
+        stored = self._store.load_checkpoint()
+        if stored is None or stored.state.completed_rounds != self._checkpoint.state.completed_rounds:
+            raise MedfedError(403, "the checkpoint on disk is not this run's", "restore it from backup")
+        return stored
+
+    def _request_frame(self) -> bytes:
+        """The open attempt's request: not kept in memory between sending and sending again."""
+        frame, self._unsent = self._unsent or self._store.load_open_attempt(), None
+        if frame is None:
+            raise MedfedError(403, "the open attempt is not on disk any more", "start again")
         return frame
 
-    def _complete(self, frame: bytes) -> None:
+    def _complete(self, request: _Attempt) -> None:
         """Ask everybody, add up, advance, checkpoint. Raises ``AttemptLost``."""
-        request = decode(frame, vector_limit_bytes=self._limit)
         aggregator = self._aggregator
-        if aggregator is None or not isinstance(request, RoundRequest):
+        if aggregator is None:
             raise ProtocolError(900, "no open attempt", "please report this")
         number = self._checkpoint.state.completed_rounds + 1
         started = self._clock.monotonic()
-        mail = self._mail(frame, Kind.TRAIN, self._it.study.deadlines.round_s)
+        mail = self._mail(self._request_frame, Kind.TRAIN, self._it.study.deadlines.round_s)
         attestations: dict[int, bytes] = {}
         size = 0
         while aggregator.missing:
             self._observe(self._checkpoint, f"round {number}, attempt {request.attempt}")
-            try:
-                replies = mail.gather(aggregator.missing, "deadline passed")
-            except EnvironmentFault as error:
-                raise AttemptLost(error.what) from error
-            for position, message, reply_bytes in replies:
-                if isinstance(message, Upload) and message.nonce == request.nonce:
-                    self._take_upload(aggregator, position, message, attestations)
-                    size = reply_bytes
-                elif isinstance(message, Refusal) and self._concerns(message, request.nonce):
-                    self._refused(position, _reason(message))
-                elif isinstance(message, StateAccepted):
-                    mail.again(position, 0.0)
+            size = self._take_replies(mail, aggregator, request, attestations) or size
         self._advance(
             aggregator, attestations, RoundRecord(number, request.attempt, self._clock.monotonic() - started, size)
         )
+
+    def _take_replies(
+        self, mail: Mail, aggregator: Aggregator, request: _Attempt, attestations: dict[int, bytes]
+    ) -> int:
+        """One turn of the mail; returns an upload's length. No reply outlives it in memory."""
+        size = 0
+        try:
+            replies = mail.gather(aggregator.missing, "deadline passed")
+        except EnvironmentFault as error:
+            raise AttemptLost(error.what) from error
+        for position, message, reply_bytes in replies:
+            if isinstance(message, Upload) and message.nonce == request.nonce:
+                self._take_upload(aggregator, position, message, attestations)
+                size = reply_bytes
+            elif isinstance(message, Refusal) and self._concerns(message, request.nonce):
+                self._refused(position, _reason(message))
+            elif isinstance(message, StateAccepted):
+                mail.again(position, 0.0)
+        return size
 
     def _take_upload(
         self, aggregator: Aggregator, position: int, upload: Upload, attestations: dict[int, bytes]
@@ -277,7 +333,7 @@ class Rounds:
 
     def _refused(self, position: int, reason: Refused) -> None:
         name = self._name(position)
-        if reason is Refused.NEED_STATE and self._checkpoint.previous is not None:
+        if reason is Refused.NEED_STATE and self._checkpoint.state.completed_rounds > 0:
             self._transfer_state(position)
         elif reason is Refused.NOT_APPROVED:
             raise PrivacyError(192, f"{name} does not take part any more", "ask it; plan a new study without it")
@@ -293,7 +349,8 @@ class Rounds:
 
     def _transfer_state(self, position: int) -> None:
         """Bring a hospital back that lost its state: the last state that hospitals signed, then it advances itself."""
-        previous = self._checkpoint.previous
+        stored = self._stored()
+        previous = stored.previous
         if previous is None:
             raise AttemptLost("there is no signed state to transfer")
         nonce = self._entropy.draw("nonce", 16)
@@ -310,7 +367,7 @@ class Rounds:
         self._exchange.send(position, Kind.QUERY, frame, self._it.study.deadlines.round_s)
 
     def _advance(self, aggregator: Aggregator, attestations: dict[int, bytes], record: RoundRecord) -> None:
-        total = aggregator.total().tobytes()
+        total = aggregator.total_bytes()
         state = self._checkpoint.state
         signed = tuple(position.to_bytes(2, "big") + attestations[position] for position in sorted(attestations))
         self._checkpoint = Checkpoint(
@@ -322,8 +379,8 @@ class Rounds:
             (*self._checkpoint.records, record),
         )
         self._store.save_checkpoint(self._checkpoint)
-        aggregator.close_round()
-        rounds = self._it.study.training.rounds
+        self._checkpoint = replace(self._checkpoint, previous=None)  # the sum lives on until the next attempt opens
+        rounds = self._it.study.released_sums
         log.info("round %d of %d done, attempt %d, %.2f s", record.round, rounds, record.attempt, record.seconds)
         self._observe(self._checkpoint, f"round {record.round} done")
 
@@ -335,8 +392,9 @@ class Rounds:
         digest = state_hash(self._study_hash, state)
         statement = state_statement(self._study_hash, state.completed_rounds, digest)
         nonce = self._entropy.draw("nonce", 16)
-        finish = Finish(self._study_hash, nonce, state.completed_rounds, digest, self._checkpoint.total)
-        mail = self._mail(encode(finish, self._it.identity), Kind.QUERY, self._it.study.deadlines.round_s)
+        finish = Finish(self._study_hash, nonce, state.completed_rounds, digest, self._total())
+        frame = encode(finish, self._it.identity)
+        mail = self._mail(lambda: frame, Kind.QUERY, self._it.study.deadlines.round_s)
         left = set(range(len(self._it.roster.hospitals)))
         while left:
             self._observe(self._checkpoint, f"final model: waiting for {self._names(frozenset(left))}")
@@ -361,7 +419,7 @@ class Rounds:
 
     # --- small things ------------------------------------------------------------------------------------------------
 
-    def _mail(self, frame: bytes, kind: Kind, timeout_s: float) -> Mail:
+    def _mail(self, frame: Callable[[], bytes], kind: Kind, timeout_s: float) -> Mail:
         envelope = Envelope(self._study_hash, self._it.roster.identities, self._limit)
         return Mail(self._exchange, self._clock, envelope, Outgoing(frame, kind, timeout_s), self._name)
 

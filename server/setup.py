@@ -18,6 +18,7 @@ from typing import Annotated
 from pydantic import Field
 
 from medfed.errors import ConfigError, PrivacyError
+from medfed.health import HealthSection
 from medfed.identity import Identity, create_identity, load_identity
 from medfed.roster import Enrolment, Roster, load_enrolment, load_roster
 from medfed.seams import Seams
@@ -55,6 +56,7 @@ class ServerConfig(StrictModel):
 
     listen: Listen
     run: Run
+    health: HealthSection | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,9 @@ admin_port = {listen.admin_port}                # loopback only; never open it
 
 [run]
 study = {json.dumps("study/" + STUDY_NAME)}        # made by: medfed-server study new
+
+# [health]                           # for probes (gRPC health service): says serving or not, and nothing else
+# address = "127.0.0.1:8081"
 """
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 from medfed.errors import LocalProtocolError
 from medfed.study import Study
@@ -16,16 +17,31 @@ _HEADS = {
     "task": "What is predicted.",
     "data": "What a record must look like at every hospital. All constants are public.",
     "model": "Which model of medfed's catalogue, and the SHA-256 of its first weights' file.",
+    "statistics": "Mean and scale of the numeric features, from one noised sum before round 1.",
     "training": "How it is trained.",
     "privacy": "What the guarantee rests on.",
     "quantization": "The integer grid of the masked sums.",
     "cohort": "Who takes part: the roster's hash.",
     "deadlines": "Seconds.",
 }
+_TABLES = {"data.image", "data.series", "data.text"}
 _NOTES = {
     "study.expires": "last day, UTC",
     "data.max_records_per_patient": "more records of a patient are subsampled afresh each round",
-    "training.aggregate": "one clipped gradient sum a round",
+    "data.image": "A grey image, 0 black and 1 white: (value - center) / scale.",
+    "data.image.column": "of the table, names the file",
+    "data.image.resize": "of a file of another size: refuse it, or average areas",
+    "data.series": "Measurements over time, averaged within each step.",
+    "data.series.fill": "of a step without a measurement: center (0), or forward (the last one)",
+    "data.text": "A text, cut or padded to length tokens.",
+    "data.text.column": "of the table",
+    "data.text.buckets": "how many different tokens there are",
+    "training.aggregate": "gradient: one clipped sum a round; update: what private local steps came to",
+    "training.local": "the hospitals' own private steps in a round, each of them counted",
+    "statistics.noise_multiplier": "noise / sensitivity, of an event of all patients",
+    "statistics.attempts": "most that may be made; all are counted",
+    "statistics.least_scale": "no standard deviation is taken for less, in halves of a feature's range",
+    "statistics.range": "a hospital's sum saturates beyond this, before the noise",
     "training.spare_attempts": "rounds that may be lost; the noise is calibrated for rounds + spare_attempts",
     "training.learning_rates": "[from round, rate]",
     "training.average_last_rounds": "the released model is the mean over these rounds",
@@ -35,7 +51,7 @@ _NOTES = {
     "privacy.clipping_norm": "C: most that one patient can move a sum (L2)",
     "privacy.noise_multiplier": "noise / sensitivity",
     "privacy.epsilon": "claimed for all attempts together; every hospital recomputes it before approving",
-    "quantization.range": "a hospital's sum saturates beyond this, before the noise",
+    "quantization.range": "a hospital's sum saturates beyond this, before the noise; an update after it",
     "cohort.colluders": "how many hospitals may conspire with the coordinator without breaking the masks",
     "deadlines.setup_s": "for all hospitals to join",
     "deadlines.round_s": "for all uploads of a round",
@@ -47,16 +63,7 @@ def render(study: Study) -> str:
     """The study's file. Raises ``LocalProtocolError`` if it would not read back as the same study."""
     lines = [f"# Study {study.study.name}, made by medfed-server study new.", ""]
     for name, table in study.model_dump(mode="json", exclude_none=True).items():
-        lines += [f"# {_HEADS[name]}", f"[{name}]"]
-        tables = []
-        for key, value in table.items():
-            if isinstance(value, list) and value and isinstance(value[0], dict):
-                tables += [(f"{name}.{key}", row) for row in value]
-            else:
-                lines.append(_line(f"{name}.{key}", key, value))
-        lines.append("")
-        for path, row in tables:
-            lines += [f"[[{path}]]", *(_line("", key, value) for key, value in row.items()), ""]
+        lines += [f"# {_HEADS[name]}", *_table(name, table)]
     text = "\n".join(lines)
     if parse(text.encode(), "study.toml", Study) != study:
         raise LocalProtocolError(900, "a study could not be written as TOML", "please report this")
@@ -64,6 +71,27 @@ def render(study: Study) -> str:
 
 
 _Value = str | int | float | bool | list["_Value"] | dict[str, "_Value"]
+
+
+def _table(path: str, table: dict[str, _Value]) -> Iterator[str]:
+    """The table's own lines, then the tables inside it that stand apart; short ones stay inline."""
+    yield f"[{path}]"
+    yield from (
+        _line(f"{path}.{key}", key, value) for key, value in table.items() if not _apart(f"{path}.{key}", value)
+    )
+    yield ""
+    for key, value in table.items():
+        inner = f"{path}.{key}"
+        if isinstance(value, dict) and _apart(inner, value):
+            yield f"# {_NOTES[inner]}"
+            yield from _table(inner, value)
+        for row in value if isinstance(value, list) else []:
+            if isinstance(row, dict):
+                yield from [f"[[{inner}]]", *(_line("", name, each) for name, each in row.items()), ""]
+
+
+def _apart(path: str, value: _Value) -> bool:
+    return path in _TABLES or (isinstance(value, list) and bool(value) and isinstance(value[0], dict))
 
 
 def _line(path: str, key: str, value: _Value) -> str:

@@ -18,12 +18,16 @@ from medfed.errors import ConfigError, ExitStatus
 if TYPE_CHECKING:
     from medfed.seams import Seams
     from medfed.simulations.evaluation import Evaluation
-    from medfed.simulations.rehearsal import Rehearsal
+    from medfed.simulations.extract import Cohort
+    from medfed.simulations.rehearsal import Backend, Rehearsal
     from medfed.study import Study
 
 DEFAULT_COHORT = "breast-cancer"
 _MOST_SPLITS = 1000
 _MODES = ("local", "distributed")
+_BACKENDS = ("process", "ray")
+_MODELS = ("logistic-regression", "mlp", "cnn", "lstm", "gru", "transformer")
+_OWN = ("label", "partition", "patient_column", "leave_out", "test", "task")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,9 +48,10 @@ def build_parser() -> Parser:
     evaluate.add_argument("run", type=Path, metavar="RUN", help="a run's folder, such as runs/demo")
     _add_json(evaluate)
     evaluate.set_defaults(action=_evaluate)
-    cohorts = commands.add_parser("cohorts", help="list the public cohorts to rehearse with")
+    cohorts = commands.add_parser("cohorts", help="list the public and synthetic cohorts to rehearse with")
     _add_json(cohorts)
     cohorts.set_defaults(action=_cohorts)
+    _add_fetch(commands)
     _add_federation(commands)
     return parser
 
@@ -55,12 +60,16 @@ def _add_run(commands: argparse._SubParsersAction[Parser]) -> None:
     run = commands.add_parser(
         "run",
         help="train a cohort's task, or a study of your own, in one process",
-        description="Train on a public cohort with the production code of hospitals and coordinator, in one process; "
-        "write model, results and a report with plots into the run's folder.",
+        description="Train on a public or synthetic cohort, or on a table of your own, with the production code of "
+        "hospitals and coordinator, in one process; write model, results and a report with plots into the run's folder.",
     )
     run.add_argument("study", type=Path, nargs="?", metavar="STUDY", help="a study.toml to rehearse as it stands")
     run.add_argument("--cohort", metavar="NAME", help=f"see medfed-simulate cohorts (default {DEFAULT_COHORT})")
     run.add_argument("--hospitals", type=_count, metavar="N", help="deal the patients to N hospitals")
+    run.add_argument(
+        "--patients", type=_count, metavar="M", help="training patients of each hospital, of a synthetic cohort"
+    )
+    _add_own_table(run)
     _add_epsilon(run, "none: add no noise, not private")
     run.add_argument(
         "--mode", choices=_MODES, help="whose noise counts: each hospital's own (local, the default) or all"
@@ -69,7 +78,7 @@ def _add_run(commands: argparse._SubParsersAction[Parser]) -> None:
         "--colluders", type=_count, metavar="C", help="hospitals that may conspire with the coordinator (default 1)"
     )
     run.add_argument("--rounds", type=_count, metavar="N", help="instead of the task's")
-    run.add_argument("--model", choices=("logistic-regression", "mlp"), help="instead of the task's")
+    run.add_argument("--model", choices=_MODELS, help="instead of the task's")
     run.add_argument("--seed", type=_seed, metavar="S", help="split and all randomness repeat; not private")
     run.add_argument(
         "--split-seeds",
@@ -79,10 +88,62 @@ def _add_run(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     run.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: a new one in runs)")
     run.add_argument(
+        "--no-baseline", action="store_true", help="do not train the same model on everybody's data in one place"
+    )
+    run.add_argument(
         "--keep-parties", action="store_true", help="keep the folders of all hospitals and the coordinator"
+    )
+    run.add_argument(
+        "--backend",
+        choices=_BACKENDS,
+        default="process",
+        help="all hospitals in this process (the default), or each in an actor of Flower's simulation engine on Ray",
+    )
+    run.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="an existing Ray cluster, HOST:PORT or auto, whose machines share the run's folder (default: one for the run)",
     )
     _add_json(run)
     run.set_defaults(action=_run)
+
+
+def _add_own_table(run: Parser) -> None:
+    own = run.add_argument_group("a table of your own (CSV, one row a record)")
+    own.add_argument("--data", type=Path, metavar="FILE", help="instead of a cohort; it does not leave this machine")
+    own.add_argument("--label", metavar="COLUMN", help="what is to be predicted: two classes or more")
+    own.add_argument(
+        "--partition",
+        metavar="HOW",
+        help="into hospitals: iid (the default), dirichlet:ALPHA (labels skewed, more so the smaller), column:NAME",
+    )
+    own.add_argument("--patient-column", metavar="COLUMN", help="whose record it is (default: each row is a patient)")
+    own.add_argument("--leave-out", metavar="COLUMNS", help="columns not to predict from, with commas between")
+    own.add_argument(
+        "--test", type=_share, metavar="SHARE", help="of each hospital's patients, set aside (default 0.2)"
+    )
+    own.add_argument(
+        "--task", type=Path, metavar="FILE", help="a task file with public constants (default: made from the table)"
+    )
+
+
+def _add_fetch(commands: argparse._SubParsersAction[Parser]) -> None:
+    fetch = commands.add_parser(
+        "fetch",
+        help="download a public data set from its official address",
+        description="Show licence, citation and source of a public data set, download it over HTTPS from its official "
+        "address and check it against its known checksum. A file that does not match is not kept.",
+    )
+    fetch.add_argument("name", metavar="NAME", help="heart-disease, pneumonia, icu-mortality or medical-abstracts")
+    fetch.add_argument(
+        "--to", type=Path, metavar="DIR", help="the data folder (default: the one that MEDFED_DATA names, else data)"
+    )
+    fetch.add_argument(
+        "--from", dest="mirror", metavar="URL", help="a mirror that has the files under the same names; same checksums"
+    )
+    fetch.add_argument("--proxy", metavar="URL", help="an HTTP proxy, such as http://proxy.example:3128")
+    _add_json(fetch)
+    fetch.set_defaults(action=_fetch)
 
 
 def _add_federation(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -121,6 +182,16 @@ def _positive_epsilon(text: str) -> float:
         value = math.nan
     if not 0.0 < value <= 100.0:
         raise argparse.ArgumentTypeError(f"{text!r} is not an epsilon from 0 to 100")
+    return value
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 < value < 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1")
     return value
 
 
@@ -165,17 +236,27 @@ def _run(arguments: argparse.Namespace) -> int:
     seams = system_seams()
     study = None if arguments.study is None else load_study(seams.files, arguments.study)
     plan = _plan(arguments) if study is None else _plan_of(study, arguments)
-    cohort, hospitals = _cohort_for(study, arguments, seams)
+    data: str | list[Cohort]
+    if arguments.data is not None:
+        data, hospitals, split_seeds = _own_cohorts(study, arguments, seams), None, None
+    else:
+        _refuse_without_data(arguments)
+        data, hospitals = _cohort_for(study, arguments, seams)
+        split_seeds = arguments.split_seeds
+    backend = _backend(arguments, seams)
     with quiet_parties():
         simulation = simulate(
             study,
-            cohort,
+            data,
             plan,
             hospitals=hospitals,
-            split_seeds=arguments.split_seeds,
+            patients=arguments.patients,
+            split_seeds=split_seeds,
             out=arguments.out,
             keep_parties=arguments.keep_parties,
+            has_baseline=not arguments.no_baseline,
             seams=seams,
+            backend=backend,
         )
     if arguments.json:
         say_json(simulation.result.to_json())
@@ -184,6 +265,17 @@ def _run(arguments: argparse.Namespace) -> int:
 
         show_run(simulation, has_study=study is not None)
     return ExitStatus.HANDLED
+
+
+def _backend(arguments: argparse.Namespace, seams: Seams) -> Backend | None:
+    """What carries the messages; None for this process."""
+    if arguments.backend == "ray":
+        from medfed.simulations.backends.ray_engine import ray_backend
+
+        return ray_backend(arguments.ray_address, seams)
+    if arguments.ray_address is not None:
+        raise ConfigError(100, "--ray-address is for Ray", "say --backend ray, too")
+    return None
 
 
 def _plan(arguments: argparse.Namespace) -> Rehearsal:
@@ -227,10 +319,41 @@ def _cohort_for(study: Study | None, arguments: argparse.Namespace, seams: Seams
     cohort = arguments.cohort or next(iter(fitting), None)
     if cohort is None:
         what = f"no public cohort has the study's label {study.task.label}"
-        raise ConfigError(
-            203, what, "see medfed-simulate cohorts; medfed.simulations.simulate takes tables of your own"
-        )
-    return cohort, arguments.hospitals or study.cohort.hospitals
+        raise ConfigError(203, what, "see medfed-simulate cohorts, or name a table of your own with --data")
+    is_fixed = cohort in COHORTS and COHORTS[cohort].fixed
+    return cohort, arguments.hospitals or (None if is_fixed else study.cohort.hospitals)
+
+
+def _refuse_without_data(arguments: argparse.Namespace) -> None:
+    named = [f"--{name.replace('_', '-')}" for name in _OWN if getattr(arguments, name) is not None]
+    if named:
+        raise ConfigError(100, f"{', '.join(named)} is for a table of your own", "name it with --data")
+
+
+def _own_cohorts(study: Study | None, arguments: argparse.Namespace, seams: Seams) -> list[Cohort]:
+    """The table that ``--data`` names, split once for each seed."""
+    from medfed.server.planning import load_task
+    from medfed.simulations.own_table import OwnTable, own_cohorts
+    from medfed.simulations.partition import parse_partition
+
+    if arguments.cohort is not None or arguments.patients is not None:
+        raise ConfigError(100, "--cohort and --patients do not go with --data", "leave them out")
+    if arguments.task is not None and study is not None:
+        raise ConfigError(100, "a study has its own task", "leave --task out")
+    task = study if arguments.task is None else load_task(seams.files, str(arguments.task))
+    left_out = () if arguments.leave_out is None else tuple(arguments.leave_out.split(","))
+    table = OwnTable(
+        path=arguments.data,
+        label=arguments.label,
+        partition=parse_partition(arguments.partition or "iid"),
+        hospitals=arguments.hospitals,
+        patient_column=arguments.patient_column,
+        leave_out=tuple(name.strip() for name in left_out),
+        test_share=0.2 if arguments.test is None else arguments.test,
+        task=task,
+    )
+    seeds = arguments.split_seeds or ((1,) if arguments.seed is None else (arguments.seed,))
+    return own_cohorts(seams.files, table, seeds)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -261,17 +384,20 @@ def _evaluated(run: Path, evaluation: Evaluation) -> Iterable[str]:
 def _cohorts(arguments: argparse.Namespace) -> int:
     from medfed.seams import system_seams
     from medfed.server.planning import load_task
-    from medfed.simulations.cohorts import COHORTS
+    from medfed.simulations.cohorts import COHORTS, missing
 
     seams = system_seams()
     rows = [
         {
             "name": name,
             "purpose": load_task(seams.files, name).purpose,
+            "kind": info.kind,
+            "patients": info.patients,
             "hospitals": info.hospitals,
             "split_seeds": list(info.protocol_seeds),
             "source": info.source,
-            "missing": _missing(name, seams),
+            "is_synthetic": info.is_synthetic,
+            "missing": missing(seams.files, name),
         }
         for name, info in COHORTS.items()
     ]
@@ -279,23 +405,19 @@ def _cohorts(arguments: argparse.Namespace) -> int:
         say_json(rows)
         return ExitStatus.HANDLED
     for row, info in zip(rows, COHORTS.values(), strict=True):
-        say(f"{row['name']}\n  {row['purpose']}\n  {row['hospitals']}")
-        say(f"  split seeds of its protocol: {info.protocol_seeds[0]} to {info.protocol_seeds[-1]}")
+        say(f"{row['name']}\n  {row['purpose']}\n  {info.kind}, {info.patients}; {info.hospitals}")
+        seeds = " to ".join(str(seed) for seed in sorted({info.protocol_seeds[0], info.protocol_seeds[-1]}))
+        say(f"  split seeds of its protocol: {seeds}{' (folds of one cross-validation)' if info.folds else ''}")
         say(f"  source and licence: {row['source']}")
         say(f"  {row['missing'] or 'ready: medfed-simulate run --cohort ' + str(row['name'])}")
     return ExitStatus.HANDLED
 
 
-def _missing(cohort: str, seams: Seams) -> str | None:
-    """Why a cohort cannot be loaded here; None if it can."""
-    from medfed.errors import MedfedError
-    from medfed.simulations.cohorts import COHORTS, load_cohort
+def _fetch(arguments: argparse.Namespace) -> int:
+    from medfed.seams import system_seams
+    from medfed.simulations.fetch import fetch_command
 
-    try:
-        load_cohort(seams.files, cohort, COHORTS[cohort].protocol_seeds[0], None)
-    except MedfedError as error:
-        return str(error)
-    return None
+    return fetch_command(arguments, system_seams())
 
 
 def _federation(arguments: argparse.Namespace) -> int:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medfed.errors import ConfigError
 from medfed.models import catalogue, parameters
 from medfed.seams import Seams
-from medfed.simulations.cohorts import load_cohort
-from medfed.simulations.outcome import EVALUATION, score_cohort
+from medfed.simulations.cohorts import COHORTS, load_cohort
+from medfed.simulations.outcome import score_cohort
 from medfed.simulations.run_folder import RESULT_NAME
 from medfed.simulations.runs import MODEL_NAME, STUDY_NAME
 from medfed.study import load_study
@@ -28,9 +29,10 @@ class _Recorded(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True)
 
     cohort: str
-    hospitals: int
+    hospitals: Annotated[int, Field(ge=1)]
     seeds: list[int | None]
     test_auc_by_seed: list[float | None]
+    training_patients: int
     stamps: list[str]
 
 
@@ -58,12 +60,14 @@ def evaluate_run(folder: Path, seams: Seams) -> Evaluation:
     """Score ``model.safetensors`` of a run. Raises MF-606 if files are missing, MF-201 or MF-203 if it is no run of ours."""
     recorded = _recorded(folder, seams)
     seed = recorded.seeds[0]
-    if seed is None:
+    if seed is None or recorded.cohort not in COHORTS:
         raise ConfigError(203, "this run was made from a cohort of your own", "score it where its patients are")
     study = load_study(seams.files, folder / STUDY_NAME)
     model_file = seams.files.read(folder / MODEL_NAME)
     weights = parameters.from_safetensors(catalogue.build(study), model_file)
-    cohort = load_cohort(seams.files, recorded.cohort, seed, recorded.hospitals)
+    is_synthetic = COHORTS[recorded.cohort].is_synthetic
+    patients = recorded.training_patients // recorded.hospitals if is_synthetic else None
+    cohort = load_cohort(seams.files, recorded.cohort, seed, recorded.hospitals, patients)
     scores = score_cohort(cohort, study, weights)
     return Evaluation(
         cohort=cohort.name,
@@ -74,7 +78,7 @@ def evaluate_run(folder: Path, seams: Seams) -> Evaluation:
         per_hospital={hospital.name: hospital.auc for hospital in scores.hospitals},
         recorded_test_auc=recorded.test_auc_by_seed[0],
         as_recorded=scores.auc == recorded.test_auc_by_seed[0],
-        evaluation=EVALUATION,
+        evaluation=cohort.evaluation,
         stamps=tuple(recorded.stamps),
     )
 

@@ -14,7 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from medfed.command import say, say_json
@@ -48,11 +48,20 @@ def command(name: str, *arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", f"medfed.{room}.cli", *arguments]
 
 
+HospitalCommand = Callable[[Path], list[str]]  # what runs the hospital of a configuration file
+
+
+def real_hospital(config: Path) -> list[str]:
+    """The hospital as its people would start it."""
+    return command("medfed-client", "run", "--config", str(config))
+
+
 class Processes:
     """The coordinator and the hospitals as processes with a log file each; none outlives the block."""
 
-    def __init__(self, folder: Path, hospitals: list[str]) -> None:
+    def __init__(self, folder: Path, hospitals: list[str], hospital_command: HospitalCommand) -> None:
         self._folder = folder
+        self._hospital_command = hospital_command
         self._logs = folder / "logs"
         self._logs.mkdir(parents=True, exist_ok=True)
         self.coordinator = self.start_coordinator()
@@ -64,7 +73,7 @@ class Processes:
 
     def start_hospital(self, name: str) -> subprocess.Popen[bytes]:
         config = self._folder / name / "hospital.toml"
-        return self._start(name, command("medfed-client", "run", "--config", str(config)))
+        return self._start(name, self._hospital_command(config))
 
     def _start(self, name: str, arguments: list[str]) -> subprocess.Popen[bytes]:
         with (self._logs / f"{name}.log").open("ab") as log_file:
@@ -89,9 +98,11 @@ class Processes:
 
 
 @contextlib.contextmanager
-def running(folder: Path, hospitals: list[str]) -> Iterator[Processes]:
+def running(
+    folder: Path, hospitals: list[str], hospital_command: HospitalCommand = real_hospital
+) -> Iterator[Processes]:
     """Start everybody; stop everybody."""
-    processes = Processes(folder, hospitals)
+    processes = Processes(folder, hospitals, hospital_command)
     try:
         yield processes
     finally:
@@ -140,7 +151,7 @@ def federate(folder: Path, cohort: Cohort, plan: Rehearsal, seams: Seams) -> dic
     office = load_office(seams, folder / "coordinator" / SERVER_CONFIG_NAME)
     assignment = load_assignment(office)
     run = run_folder(office, assignment)
-    checkpoint = Store(seams.files, run, assignment.plan.words).load_checkpoint()
+    checkpoint = Store(seams.files, run, assignment.study, assignment.plan.words).load_checkpoint()
     if checkpoint is None:
         raise EnvironmentFault(606, "the coordinator left no checkpoint", "see the logs folder of the run")
     training = slowest_training(sites, assignment.study)

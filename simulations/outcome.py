@@ -8,15 +8,16 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from medfed.models import catalogue, parameters, tasks
+from medfed.models.records import Records
 from medfed.privacy import accounting
 from medfed.server.results import versions
 from medfed.server.rounds import Assignment
 from medfed.server.store import Checkpoint
-from medfed.simulations.cohorts import Cohort
-from medfed.simulations.pooled import pooled_records, score, train_pooled
+from medfed.simulations.extract import Cohort
+from medfed.simulations.pooled import Pooled, pooled_records, score, train_pooled
 from medfed.study import Study
 
-EVALUATION = "public-benchmark"
 SIMULATED = "simulation"
 NO_NOISE = "NOT PRIVATE: no noise"
 SEEDED = "NOT PRIVATE: seeded randomness"
@@ -31,21 +32,28 @@ class HospitalScore:
     auc: float | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Scores:
-    """A model on the test patients: all together, and hospital by hospital."""
+    """A model on the test patients: all together, and hospital by hospital.
+
+    ``f1_macro``: of more than two classes; ``chances``: the probability of each class, float64[n, classes]; ``labels``: int64[n].
+    """
 
     auc: float | None
     accuracy: float | None
+    f1_macro: float | None
     hospitals: tuple[HospitalScore, ...]
+    chances: NDArray[np.float64]
+    labels: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
     """One federation's end, scored outside it.
 
-    ``weights``: float32[d]; ``auc_by_round``: all test patients together, after each round; ``seconds``: from the first
-    key to the final model; ``overhead_s``: of each round, what was not the slowest hospital's training.
+    ``weights``: float32[d]; ``auc_by_round``: all test patients together, after each of ``rounds_scored``; ``pooled``: the
+    baseline, if one was trained; ``seconds``: from the first key to the final model; ``overhead_s``: of each round, what was
+    not the slowest hospital's training.
     """
 
     cohort: Cohort
@@ -54,8 +62,9 @@ class Outcome:
     weights: NDArray[np.float32]
     scores: Scores
     auc_by_round: tuple[float | None, ...]
+    rounds_scored: tuple[int, ...]
+    pooled: Pooled | None
     pooled_auc: float | None
-    pooled_rounds: int
     seconds: float
     overhead_s: tuple[float, ...]
 
@@ -69,8 +78,11 @@ class Outcome:
 class Result:
     """``result.json``: the keys of every run. Means are over splits; seconds are of one federation.
 
-    ``test_auc``: all test patients together. ``epsilon``: of the approved list of attempts, the largest over splits;
-    None without noise. ``upload_bytes_per_round``: of one hospital. ``dropped``: hospitals missing from a released sum.
+    ``test_auc``: all test patients together; ``cross_validated_auc``: those of all folds together, each scored by the model
+    that did not train on it, where the splits are folds. ``epsilon``: of the approved list of attempts, the largest over
+    splits; None without noise. ``upload_bytes_per_round``: of one hospital. ``dropped``: hospitals missing from a released
+    sum. ``pooled_rounds``: the baseline's length, in rounds or, of ordinary training, in passes. ``training_patients``: of
+    the first split.
     """
 
     cohort: str
@@ -98,7 +110,10 @@ class Result:
     epsilon_spent: float | None
     attempts: int
     attempts_approved: int
-    pooled_rounds: tuple[int, ...]
+    pooled_rounds: tuple[int | None, ...]
+    cross_validated_auc: float | None
+    test_f1_macro: float | None
+    training_patients: int
     stamps: tuple[str, ...]
     versions: dict[str, str]
 
@@ -109,13 +124,23 @@ class Result:
 
 def score_cohort(cohort: Cohort, study: Study, weights: NDArray[np.float32]) -> Scores:
     """A model's weights float32[d] on a public cohort's test patients, outside the federation."""
-    parts = [hospital.test.encode(study) for hospital in cohort.hospitals]
-    together = score(study, weights, pooled_records(parts))
-    hospitals = tuple(
-        HospitalScore(hospital.name, len(part.labels), score(study, weights, part)["auc"] if len(part.labels) else None)
-        for hospital, part in zip(cohort.hospitals, parts, strict=True)
+    return _score_parts(cohort, study, weights, [hospital.test.encode(study) for hospital in cohort.hospitals])
+
+
+def _score_parts(cohort: Cohort, study: Study, weights: NDArray[np.float32], parts: Sequence[Records]) -> Scores:
+    test = pooled_records(parts)
+    model = catalogue.build(study)
+    parameters.assign(model, weights)
+    chances = tasks.probabilities(model, study.task, test.inputs)
+    together = tasks.metrics(study.task, chances, test.labels)
+    hospitals, start = [], 0
+    for hospital, part in zip(cohort.hospitals, parts, strict=True):
+        mine = tasks.metrics(study.task, chances[start : start + len(part.labels)], part.labels)
+        hospitals.append(HospitalScore(hospital.name, len(part.labels), mine["auc"]))
+        start += len(part.labels)
+    return Scores(
+        together["auc"], together["accuracy"], together.get("f1_macro"), tuple(hospitals), chances, test.labels
     )
-    return Scores(together["auc"], together["accuracy"], hospitals)
 
 
 def make_outcome(
@@ -123,24 +148,27 @@ def make_outcome(
     assignment: Assignment,
     checkpoint: Checkpoint,
     weights: NDArray[np.float32],
-    history: Sequence[NDArray[np.float32]],
+    history: Mapping[int, NDArray[np.float32]],
     train_seconds: Mapping[int, float],
     seconds: float,
+    has_baseline: bool = True,
 ) -> Outcome:
     """Score a finished federation, and train and score the baseline on the same split."""
     study = assignment.study
-    test = pooled_records([hospital.test.encode(study) for hospital in cohort.hospitals])
+    parts = [hospital.test.encode(study) for hospital in cohort.hospitals]
+    test = pooled_records(parts)
     training = pooled_records([hospital.training.encode(study) for hospital in cohort.hospitals])
-    pooled = train_pooled(study, assignment.first.weights.astype(np.float32), training)
+    pooled = train_pooled(study, assignment.first.weights.astype(np.float32), training) if has_baseline else None
     return Outcome(
         cohort=cohort,
         assignment=assignment,
         checkpoint=checkpoint,
         weights=weights,
-        scores=score_cohort(cohort, study, weights),
-        auc_by_round=tuple(score(study, after, test)["auc"] for after in history),
-        pooled_auc=score(study, pooled.weights, test)["auc"],
-        pooled_rounds=pooled.rounds,
+        scores=_score_parts(cohort, study, weights, parts),
+        auc_by_round=tuple(score(study, history[number], test)["auc"] for number in sorted(history)),
+        rounds_scored=tuple(sorted(history)),
+        pooled=pooled,
+        pooled_auc=None if pooled is None else score(study, pooled.weights, test)["auc"],
         seconds=seconds,
         overhead_s=tuple(
             record.seconds - train_seconds[record.attempt]
@@ -157,7 +185,7 @@ def summarize(outcomes: Sequence[Outcome], *, noise: bool, seeded: bool) -> Resu
     areas = [outcome.scores.auc for outcome in outcomes]
     records = [record for outcome in outcomes for record in outcome.checkpoint.records]
     overhead = [seconds for outcome in outcomes for seconds in outcome.overhead_s]
-    stamps = [SIMULATED] + [NO_NOISE] * (not noise) + [SEEDED] * seeded
+    stamps = [SIMULATED, *first.cohort.stamps] + [NO_NOISE] * (not noise) + [SEEDED] * seeded
     return Result(
         cohort=first.cohort.name,
         hospitals=study.cohort.hospitals,
@@ -176,7 +204,7 @@ def summarize(outcomes: Sequence[Outcome], *, noise: bool, seeded: bool) -> Resu
         overhead_s_per_round=round(float(np.mean(overhead)), 4) if overhead else 0.0,
         upload_bytes_per_round=max(record.upload_bytes for record in records),
         dropped=0,  # strict mode: a sum is released with all hospitals in it, or not at all
-        evaluation=EVALUATION,
+        evaluation=first.cohort.evaluation,
         test_accuracy=mean([outcome.scores.accuracy for outcome in outcomes]),
         seeds=tuple(outcome.cohort.seed for outcome in outcomes),
         test_auc_by_seed=tuple(areas),
@@ -187,10 +215,23 @@ def summarize(outcomes: Sequence[Outcome], *, noise: bool, seeded: bool) -> Resu
         epsilon_spent=max(spent(outcome) for outcome in outcomes) if noise else None,
         attempts=max(outcome.checkpoint.last_attempt for outcome in outcomes),
         attempts_approved=plan.attempts,
-        pooled_rounds=tuple(outcome.pooled_rounds for outcome in outcomes),
+        pooled_rounds=tuple(None if outcome.pooled is None else outcome.pooled.rounds for outcome in outcomes),
+        cross_validated_auc=_cross_validated(outcomes),
+        test_f1_macro=mean([outcome.scores.f1_macro for outcome in outcomes]),
+        training_patients=sum(len(set(hospital.training.patients)) for hospital in first.cohort.hospitals),
         stamps=tuple(stamps),
         versions=versions(),
     )
+
+
+def _cross_validated(outcomes: Sequence[Outcome]) -> float | None:
+    """One AUC over the test patients of all folds; None where the splits are not folds, or only one."""
+    folds = {outcome.cohort.seed for outcome in outcomes if outcome.cohort.folds is not None}
+    if len(folds) != len(outcomes) or len(folds) < 2:
+        return None
+    chances = np.concatenate([outcome.scores.chances for outcome in outcomes])
+    labels = np.concatenate([outcome.scores.labels for outcome in outcomes])
+    return tasks.metrics(outcomes[0].assignment.study.task, chances, labels)["auc"]
 
 
 def spent(outcome: Outcome) -> float:

@@ -34,7 +34,7 @@ def metric_by_round(outcomes: Sequence[Outcome], result: Result) -> bytes:
     figure, axes = _canvas(4.0)
     # the last value is the released model; splits all have the same rounds
     curves = np.array([[np.nan if auc is None else auc for auc in one.auc_by_round] for one in outcomes])
-    rounds = np.arange(1, curves.shape[1] + 1)
+    rounds = np.array(outcomes[0].rounds_scored)
     many = len(outcomes) > 1
     if many:
         axes.fill_between(rounds, curves.min(0), curves.max(0), color=_BLUE, alpha=0.15, linewidth=0)

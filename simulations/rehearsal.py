@@ -7,9 +7,11 @@ runs it. What production refuses exists here only: seeded randomness, and no noi
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -20,19 +22,22 @@ from numpy.typing import NDArray
 
 from medfed.advance import released_weights
 from medfed.client.approval import approve, review
+from medfed.client.compute import choose_compute
 from medfed.client.daemon import open_hospital
 from medfed.client.hospital import Hospital
 from medfed.client.ledger import Ledger
-from medfed.client.participation import Noise
+from medfed.client.local_steps import LocalUpdate, Noise, private_update
 from medfed.client.setup import SiteOptions, init_site, open_site
 from medfed.client.site import CONFIG_NAME, Site
-from medfed.models.catalogue import build
+from medfed.model_choice import Cnn, LogisticRegression, Mlp, ModelChoice, Recurrent, Transformer
+from medfed.models.catalogue import build, is_rowwise
 from medfed.models.parameters import file_hash, flatten, to_safetensors
 from medfed.privacy.noise import discrete_gaussian
 from medfed.roster import Roster
-from medfed.seams import Entropy, Seams
+from medfed.seams import Entropy, Files, Seams, system_seams
 from medfed.server.daemon import load_assignment, run_folder
-from medfed.server.planning import Decisions, load_task, plan_study
+from medfed.server.exchange import Exchange
+from medfed.server.planning import Decisions, TaskFile, load_task, plan_study
 from medfed.server.rounds import Assignment, Rounds
 from medfed.server.setup import (
     CONFIG_NAME as SERVER_CONFIG_NAME,
@@ -48,8 +53,10 @@ from medfed.server.setup import (
 )
 from medfed.server.store import Checkpoint, Store
 from medfed.server.study_file import render
-from medfed.simulations.cohorts import PATIENT_COLUMN, Cohort
 from medfed.simulations.entropy import SeededEntropy
+from medfed.simulations.extract import IMAGES_NAME, PATIENT_COLUMN, SERIES_NAME, TABLE_NAME, Cohort
+from medfed.simulations.extract import Hospital as Split
+from medfed.simulations.plain_training import SharedAdvance, plain_update
 from medfed.simulations.watch import Watch
 from medfed.study import Study
 
@@ -59,6 +66,19 @@ LIFETIME = 1000.0  # a rehearsal's budget: wide, as these patients are public
 UNUSED_EPSILON = 8.0  # what the study says when no noise is added; such a run is stamped not private
 
 
+MOST_SCORED = 25
+
+MODELS: dict[str, ModelChoice] = {
+    "logistic-regression": LogisticRegression(name="logistic-regression", hidden=[]),
+    "mlp": Mlp(name="mlp", hidden=[16]),
+    "cnn": Cnn(name="cnn", channels=[16, 32, 32], groups=4, first_stride=1, head="mean"),
+    "lstm": Recurrent(name="lstm", hidden_size=32, layers=1, summaries=True),
+    "gru": Recurrent(name="gru", hidden_size=32, layers=1, summaries=True),
+    "transformer": Transformer(name="transformer", embedding_size=32, heads=4, layers=1, feedforward_size=64),
+}
+"""What ``--model`` puts in the place of a task's own model, of a modest size."""
+
+Train = Callable[[Exchange], None]  # the coordinator's part, to be called with an exchange to the hospitals
 Onlooker = Callable[[Assignment, Checkpoint, str], None]  # the coordinator's observer, and what it runs
 
 
@@ -85,10 +105,14 @@ class Ports:
 
 NO_PORTS = Ports(8443, 8444)
 
+Backend = Callable[[Sequence[Site], Rehearsal, Train], None]
+"""Opens the hospitals of these sites, calls ``Train`` with an exchange that reaches them by position, closes them."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rehearsed:
-    """A finished rehearsal. ``weights``: float32[d] of the released model; ``history``: the same after each round.
+    """A finished rehearsal. ``weights``: float32[d] of the released model; ``history``: the same by round, for
+    the rounds that are scored.
 
     ``train_seconds``: by attempt, what the slowest hospital's training took.
     """
@@ -96,7 +120,7 @@ class Rehearsed:
     assignment: Assignment
     checkpoint: Checkpoint
     weights: NDArray[np.float32]
-    history: tuple[NDArray[np.float32], ...]
+    history: Mapping[int, NDArray[np.float32]]
     seconds: float
     train_seconds: Mapping[int, float]
     folder: Path
@@ -114,19 +138,20 @@ def rehearse(
     seams: Seams,
     study: Study | None = None,
     observe: Onlooker | None = None,
+    backend: Backend | None = None,
 ) -> Rehearsed:
-    """Lay out, enrol, approve, run; everything a run leaves lies under ``folder``."""
+    """Lay out, enrol, approve, run; everything a run leaves lies under ``folder``. ``backend``: None for this process."""
     started = seams.clock.monotonic()
     sites = lay_out(folder, cohort, plan, seams, study)
-    history: list[NDArray[np.float32]] = []
-    with contextlib.ExitStack() as stack:
-        hospitals = [stack.enter_context(open_hospital(site, noise_of(plan))) for site in sites]
-        checkpoint, assignment = _run(folder, hospitals, _seams_of(seams, plan, "coordinator"), history, observe)
+    history: dict[int, NDArray[np.float32]] = {}
+    carry = in_this_process if backend is None else backend
+    coordinator = _seams_of(seams, plan, "coordinator")
+    checkpoint, assignment = _run(folder, coordinator, history, observe, lambda train: carry(sites, plan, train))
     return Rehearsed(
         assignment=assignment,
         checkpoint=checkpoint,
         weights=released_weights(checkpoint.state, assignment.study),
-        history=tuple(history),
+        history=history,
         seconds=seams.clock.monotonic() - started,
         train_seconds=slowest_training(sites, assignment.study),
         folder=run_folder(load_office(seams, folder / "coordinator" / SERVER_CONFIG_NAME), assignment),
@@ -135,6 +160,11 @@ def rehearse(
 
 def noise_of(plan: Rehearsal) -> Noise:
     return no_noise if plan.epsilon is None else discrete_gaussian
+
+
+def local_update_of(plan: Rehearsal) -> LocalUpdate:
+    """Private steps; without noise ordinary ones, neither clipped nor sampled."""
+    return plain_update if plan.epsilon is None else private_update
 
 
 def _seams_of(seams: Seams, plan: Rehearsal, owner: str) -> Seams:
@@ -156,8 +186,8 @@ def lay_out(
     for hospital in cohort.hospitals:
         place = folder / hospital.name
         files.make_folder(place, private=True)
-        files.write(place / "patients.csv", hospital.training.to_csv(), private=True)
-        options = _options(hospital.name, len(set(hospital.training.patients)), ports)
+        hospital.training.write(files, place)
+        options = _options(hospital, ports)
         init_site(_seams_of(seams, plan, hospital.name), place, options)
     office = folder / "coordinator"
     listen = Listen(host="127.0.0.1", port=ports.public, admin_port=ports.admin)
@@ -176,15 +206,15 @@ def lay_out(
     return sites
 
 
-def _options(name: str, patients: int, ports: Ports) -> SiteOptions:
+def _options(hospital: Split, ports: Ports) -> SiteOptions:
     return SiteOptions(
-        name=name,
-        nominal_patients=patients,
+        name=hospital.name,
+        nominal_patients=len(set(hospital.training.patients)),
         coordinator=f"localhost:{ports.public}",
         ca_certificate="../coordinator/tls/ca.crt",
         fingerprint=None,
         proxy=None,
-        data="patients.csv",
+        data=TABLE_NAME,
         patient_column=PATIENT_COLUMN,
         holdout=0.0,
         max_epsilon_study=LIFETIME,
@@ -192,6 +222,8 @@ def _options(name: str, patients: int, ports: Ports) -> SiteOptions:
         lifetime_delta=0.001,
         max_delta=0.01,
         min_colluders=1,
+        images=None if hospital.training.images is None else IMAGES_NAME,
+        series=None if hospital.training.series is None else SERIES_NAME,
     )
 
 
@@ -201,7 +233,7 @@ def _study(cohort: Cohort, plan: Rehearsal, roster: Roster, seams: Seams, given:
         torch.manual_seed(plan.seed)  # first weights; they are public in any case
     if given is not None:
         return _repinned(given, roster)
-    task = load_task(seams.files, cohort.task)
+    task = task_of(seams.files, cohort)
     training = task.training.model_copy(
         update={
             key: value
@@ -210,7 +242,7 @@ def _study(cohort: Cohort, plan: Rehearsal, roster: Roster, seams: Seams, given:
         }
     )
     training = training.model_copy(update={"average_last_rounds": min(training.average_last_rounds, training.rounds)})
-    model = task.model if plan.model is None else task.model.model_copy(update={"name": plan.model, "hidden": [16]})
+    model = task.model if plan.model is None or plan.model == task.model.name else MODELS[plan.model]
     decisions = Decisions(
         name=cohort.name,
         expires="2099-12-31",
@@ -221,6 +253,19 @@ def _study(cohort: Cohort, plan: Rehearsal, roster: Roster, seams: Seams, given:
         colluders=plan.colluders,
     )
     return plan_study(task.model_copy(update={"training": training, "model": model}), decisions, roster)
+
+
+def task_of(files: Files, cohort: Cohort) -> TaskFile:
+    """What a cohort's model predicts, from what and how."""
+    return load_task(files, cohort.task) if isinstance(cohort.task, str) else cohort.task
+
+
+def scored_rounds(study: Study) -> frozenset[int]:
+    """The rounds after which the model is scored: all, or of a deep model ``MOST_SCORED`` of them and always the last."""
+    rounds = study.released_sums
+    if is_rowwise(study) or rounds <= MOST_SCORED:
+        return frozenset(range(1, rounds + 1))
+    return frozenset(math.ceil(rounds * step / MOST_SCORED) for step in range(1, MOST_SCORED + 1))
 
 
 def _repinned(study: Study, roster: Roster) -> tuple[Study, bytes]:
@@ -239,37 +284,58 @@ def write_study(folder: Path, study: Study, model_file: bytes, roster: Roster, s
     seams.files.write(folder / STUDY_NAME, render(study).encode())
 
 
-def _run(
-    folder: Path,
-    hospitals: list[Hospital],
-    seams: Seams,
-    history: list[NDArray[np.float32]],
-    observe: Onlooker | None,
-) -> tuple[Checkpoint, Assignment]:
-    """The ServerApp and ClientApps of production over the in-process grid."""
+def in_this_process(sites: Sequence[Site], plan: Rehearsal, train: Train) -> None:
+    """The ServerApp and ClientApps of production over the in-process grid, all hospitals in this process."""
     from medfed.client.node import make_client_app
-    from medfed.server.exchange import Exchange
     from medfed.server.link.grid import make_server_app
     from medfed.simulations.grid import LocalGrid, run_local
 
+    with contextlib.ExitStack() as stack:
+        shared, update = SharedAdvance(), local_update_of(plan)
+        # one device for all, so that a deep model's batch is tried out once
+        choose = functools.cache(choose_compute)
+        opened = (
+            open_hospital(site, noise_of(plan), local_update=update, step=shared, choose=choose) for site in sites
+        )
+        hospitals = [stack.enter_context(hospital) for hospital in opened]
+        watch = Watch([site.config.hospital.name for site in sites])
+        handles = [watch.telling(position, one.handle) for position, one in enumerate(hospitals)]
+        grid = LocalGrid([make_client_app(handle) for handle in handles])
+        run_local(make_server_app(lambda exchange: train(watch.ending(exchange)), grid.node_ids), grid)
+
+
+def enter_hospital(stack: contextlib.ExitStack, config_path: Path, plan: Rehearsal) -> Hospital:
+    """One hospital of a laid-out rehearsal, opened until ``stack`` ends: for a backend that runs it elsewhere."""
+    site = open_site(system_seams(), config_path)
+    mine = open_site(_seams_of(site.seams, plan, site.config.hospital.name), config_path)
+    return stack.enter_context(open_hospital(mine, noise_of(plan), local_update=local_update_of(plan)))
+
+
+def _run(
+    folder: Path,
+    seams: Seams,
+    history: dict[int, NDArray[np.float32]],
+    observe: Onlooker | None,
+    carry: Callable[[Train], None],
+) -> tuple[Checkpoint, Assignment]:
+    """The coordinator's rounds over whatever carries its messages to the hospitals."""
     office = load_office(seams, folder / "coordinator" / SERVER_CONFIG_NAME)
     assignment = load_assignment(office)
-    store = Store(seams.files, run_folder(office, assignment), assignment.plan.words)
+    store = Store(seams.files, run_folder(office, assignment), assignment.study, assignment.plan.words)
     results: list[Checkpoint] = []
+    scored = scored_rounds(assignment.study)
 
     def watch(checkpoint: Checkpoint, what: str) -> None:
-        if len(checkpoint.records) > len(history):
-            history.append(released_weights(checkpoint.state, assignment.study))
+        done = checkpoint.state.completed_rounds
+        if done in scored and done not in history:
+            history[done] = released_weights(checkpoint.state, assignment.study)
         if observe is not None:
             observe(assignment, checkpoint, what)
 
     def train(exchange: Exchange) -> None:
-        results.append(Rounds(assignment, watch_hospitals.ending(exchange), store, seams, watch).run())
+        results.append(Rounds(assignment, exchange, store, seams, watch).run())
 
-    watch_hospitals = Watch([entry.hospital for entry in assignment.roster.hospitals])
-    handles = [watch_hospitals.telling(position, one.handle) for position, one in enumerate(hospitals)]
-    grid = LocalGrid([make_client_app(handle) for handle in handles])
-    run_local(make_server_app(train, grid.node_ids), grid)
+    carry(train)
     return results[0], assignment
 
 

@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 
 from medfed.simulations.outcome import NO_NOISE, SEEDED, SIMULATED, Outcome, Result, spent
+from medfed.simulations.own_table import CONSTANTS_FROM_DATA
+from medfed.simulations.pooled import BATCH, RATE
+from medfed.simulations.synthetic import SYNTHETIC
 
 METRIC_PLOT = "metric_by_round.png"
 EPSILON_PLOT = "epsilon_by_attempt.png"
@@ -13,6 +16,9 @@ HOSPITAL_PLOT = "metric_by_hospital.png"
 
 _STAMP_WORDS = {
     SIMULATED: f"{SIMULATED}: all hospitals ran on this machine, on public patients or your own",
+    SYNTHETIC: f"{SYNTHETIC}: how well they are told apart says nothing about medicine",
+    CONSTANTS_FROM_DATA: f"{CONSTANTS_FROM_DATA}; for a study give public ones in a task file (--task), or have the "
+    "hospitals measure them with secure statistics",
     NO_NOISE: f"{NO_NOISE} was added, so no epsilon holds; it shows what privacy costs, never for real patients",
     SEEDED: f"{SEEDED}: whoever knows the seed can take the noise away",
 }
@@ -28,7 +34,7 @@ def epsilon_in_words(result: Result) -> str:
     if result.epsilon is None:
         return "No noise was added: nothing limits what this model may tell about a patient."
     factor = math.exp(result.epsilon)
-    limit = f"{factor:.2f} times" if factor < 100 else "more than a hundred times (too weak to mean much)"
+    limit = f"{factor:.2f} times" if factor < 100 else f"{factor:,.0f} times (a limit too weak to mean much)"
     return (
         f"Whether or not one {result.unit}'s data are used, no conclusion drawn from this model becomes more than "
         f"{limit} as likely, apart from a chance of {result.delta:g} (delta)."
@@ -79,19 +85,51 @@ def _learned(result: Result) -> list[str]:
         "| on test patients that no hospital trained on | AUC | accuracy |",
         "|-|-|-|",
         f"| this model, trained by the federation | {spread(result)} | {accuracy} |",
-        f"| the same model on everybody's data in one place, without privacy | {auc(result.pooled_auc)} | |",
+        f"| the same model on everybody's data in one place, without privacy | {baseline(result)} | |",
+        *_more_metrics(result),
     ]
 
 
+def baseline(result: Result) -> str:
+    """AUC of the model without privacy, or that there is none to compare with."""
+    return "not trained" if not any(result.pooled_rounds) else auc(result.pooled_auc)
+
+
+def _more_metrics(result: Result) -> list[str]:
+    lines = []
+    if result.cross_validated_auc is not None:
+        lines.append(
+            f"All {len(result.seeds)} folds together, each patient scored by the model that did not train on them: AUC "
+            f"{auc(result.cross_validated_auc)}."
+        )
+    if result.test_f1_macro is not None:
+        lines.append(
+            f"Mean F1 over classes: {result.test_f1_macro:.3f}; AUC is the mean over classes, each against the rest."
+        )
+    return [""] * bool(lines) + lines
+
+
 def _measured(first: Outcome, result: Result) -> str:
-    lengths = sorted(set(result.pooled_rounds))
-    chosen = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
     averaged = first.assignment.study.training.average_last_rounds
     released = f" The released model is the mean over the last {averaged} rounds." if averaged > 1 else ""
+    return f"0.5 is guessing, 1 is perfect.{released} Test patients: {first.cohort.split}. {_baseline_in_words(first, result)}"
+
+
+def _baseline_in_words(first: Outcome, result: Result) -> str:
+    lengths = sorted({rounds for rounds in result.pooled_rounds if rounds is not None})
+    if not lengths:
+        return "No model was trained without privacy to compare with: run again with --epsilon none."
+    chosen = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
+    if first.pooled is not None and first.pooled.is_ordinary:
+        return (
+            f"The model without privacy is the same one, trained in the ordinary way on the pooled training patients: Adam, "
+            f"rate {RATE:g}, batches of {BATCH}, {chosen} passes, as many as scored best on a held-out fifth of the training "
+            "patients. Nothing else was tuned: it may do better."
+        )
     return (
-        f"0.5 is guessing, 1 is perfect.{released} Test patients: {first.cohort.split}. The model without privacy is the "
-        f"study's own recipe on the pooled training patients, for {chosen} rounds: the length that scored best in a "
-        f"cross-validation on the training patients, of the recipe's own and 10 and 40 times as many."
+        f"The model without privacy is the study's own recipe on the pooled training patients, for {chosen} rounds: the "
+        "length that scored best in a cross-validation on the training patients, of the recipe's own and 10 and 40 times as "
+        "many."
     )
 
 
@@ -150,7 +188,7 @@ def _splits(outcomes: Sequence[Outcome]) -> list[str]:
         cells = [
             seed,
             auc(one.scores.auc),
-            auc(one.pooled_auc),
+            auc(one.pooled_auc) if one.pooled is not None else "not trained",
             accuracy,
             str(one.checkpoint.last_attempt),
             f"{one.seconds:.1f}",

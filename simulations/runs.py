@@ -19,15 +19,14 @@ from medfed.errors import ConfigError
 from medfed.models import catalogue, parameters
 from medfed.progress import Progress
 from medfed.seams import Seams, system_seams
-from medfed.server.planning import load_task
 from medfed.server.results import privacy_statement
 from medfed.server.rounds import Assignment
 from medfed.server.store import Checkpoint
 from medfed.server.study_file import render
 from medfed.simulations import plots, report
-from medfed.simulations.cohorts import COHORTS, Cohort, load_cohort
+from medfed.simulations.cohorts import COHORTS, Cohort, CohortInfo, load_cohort
 from medfed.simulations.outcome import Outcome, Result, make_outcome, summarize
-from medfed.simulations.rehearsal import Rehearsal, rehearse
+from medfed.simulations.rehearsal import Backend, Rehearsal, rehearse, task_of
 from medfed.simulations.run_folder import RESULT_NAME, new_run_folder
 from medfed.simulations.threads import one_torch_thread
 from medfed.study import Study
@@ -56,18 +55,24 @@ def simulate(
     plan: Rehearsal | None = None,
     *,
     hospitals: int | None = None,
+    patients: int | None = None,
     split_seeds: Sequence[int] | None = None,
     out: Path | None = None,
     keep_parties: bool = False,
+    has_baseline: bool = True,
     seams: Seams | None = None,
+    backend: Backend | None = None,
 ) -> Simulation:
     """Rehearse on one machine, by the production code of client and server, and score on test patients.
 
     ``study``: an existing plan, or None for the cohort's own task with what ``plan`` decides (default: epsilon 1, mode
     local). A given study is rehearsed as it stands, on the rehearsal's roster; of ``plan`` then only ``epsilon=None`` (no
     noise) and ``seed`` count. ``data``: a cohort's name, split once for each of ``split_seeds`` (default: its protocol's),
-    or cohorts that were split already. ``out``: the run's folder (default ``runs/<id>``); an earlier run there is replaced
-    once this one is complete. ``keep_parties``: keep the folders of hospitals and coordinator, keys and patients included.
+    or cohorts that were split already. ``patients``: training patients of each hospital, of a synthetic cohort. ``out``: the
+    run's folder (default ``runs/<id>``); an earlier run there is replaced once this one is complete. ``keep_parties``: keep
+    the folders of hospitals and coordinator, keys and patients included. ``has_baseline``: also train the same model on
+    everybody's data in one place. ``backend``: what carries the messages (default: this process); ``ray_backend`` of
+    ``medfed.simulations.backends.ray_engine`` takes Flower's simulation engine.
 
     *Guarantees* A run that fails leaves ``out`` as it was. With ``plan.seed`` everything repeats bit for bit, and the run
     says so. Raises ``ConfigError`` MF-203 for decisions that make no study, MF-212 if ``out`` is no run, MF-320 if data or
@@ -76,10 +81,10 @@ def simulate(
     plots.require_matplotlib()
     seams = system_seams() if seams is None else seams
     plan = _decided(study, plan)
-    cohorts = _cohorts(seams, data, hospitals, split_seeds, plan)
+    cohorts = _cohorts(seams, data, hospitals, patients, split_seeds, plan)
     place = RUNS / _run_id(cohorts[0], plan, seams) if out is None else out
     with new_run_folder(place, seams) as folder, one_torch_thread():
-        outcomes = _rehearse_all(folder / PARTIES, cohorts, plan, seams, study, keep_parties)
+        outcomes = _rehearse_all(folder / PARTIES, cohorts, plan, seams, study, keep_parties, has_baseline, backend)
         result = summarize(outcomes, noise=plan.epsilon is not None, seeded=plan.seed is not None)
         _write(folder, outcomes, result, seams)
     return Simulation(result, outcomes, place)
@@ -96,7 +101,7 @@ def federation_result(
     """``result.json`` of a federation of processes whose coordinator left its model in the folder ``run``."""
     model_file = (run / MODEL_NAME).read_bytes()
     weights = parameters.from_safetensors(catalogue.build(assignment.study), model_file)
-    outcome = make_outcome(cohort, assignment, checkpoint, weights, (), train_seconds, seconds)
+    outcome = make_outcome(cohort, assignment, checkpoint, weights, {}, train_seconds, seconds)
     return summarize([outcome], noise=True, seeded=False).to_json()
 
 
@@ -116,12 +121,13 @@ def _cohorts(
     seams: Seams,
     data: str | Cohort | Sequence[Cohort],
     hospitals: int | None,
+    patients: int | None,
     split_seeds: Sequence[int] | None,
     plan: Rehearsal,
 ) -> list[Cohort]:
     if not isinstance(data, str):
-        if hospitals is not None or split_seeds is not None:
-            raise ConfigError(203, "these cohorts are split already", "leave hospitals and split_seeds out")
+        if hospitals is not None or patients is not None or split_seeds is not None:
+            raise ConfigError(203, "these cohorts are split already", "leave hospitals, patients and split_seeds out")
         given = [data] if isinstance(data, Cohort) else list(data)
         if not given:
             raise ConfigError(203, "there is no cohort to train on", "give a cohort, or the name of one")
@@ -129,10 +135,17 @@ def _cohorts(
     if data not in COHORTS:
         raise ConfigError(203, f"cohort {data} is not known", f"choose one of {', '.join(COHORTS)}")
     if split_seeds is None:
-        split_seeds = COHORTS[data].protocol_seeds if plan.seed is None else (plan.seed,)
+        split_seeds = _default_seeds(COHORTS[data], plan)
     if not split_seeds:
         raise ConfigError(203, "there is no split to train on", "give at least one split seed")
-    return [load_cohort(seams.files, data, seed, hospitals) for seed in split_seeds]
+    return [load_cohort(seams.files, data, seed, hospitals, patients) for seed in split_seeds]
+
+
+def _default_seeds(info: CohortInfo, plan: Rehearsal) -> tuple[int, ...]:
+    """The cohort's protocol; of a run from one seed that split, or the first where splits are folds."""
+    if plan.seed is None:
+        return info.protocol_seeds
+    return info.protocol_seeds[:1] if info.folds else (plan.seed,)
 
 
 def _run_id(cohort: Cohort, plan: Rehearsal, seams: Seams) -> str:
@@ -162,7 +175,14 @@ class _Onlooker:
 
 
 def _rehearse_all(
-    parties: Path, cohorts: Sequence[Cohort], plan: Rehearsal, seams: Seams, study: Study | None, keep: bool
+    parties: Path,
+    cohorts: Sequence[Cohort],
+    plan: Rehearsal,
+    seams: Seams,
+    study: Study | None,
+    keep: bool,
+    has_baseline: bool,
+    backend: Backend | None,
 ) -> tuple[Outcome, ...]:
     """One federation a split, each in folders of its own, under one progress bar."""
     rounds = _rounds(cohorts[0], plan, seams, study)
@@ -173,12 +193,19 @@ def _rehearse_all(
             folder = parties / f"split-{number + 1 if cohort.seed is None else cohort.seed}"
             mine = plan if plan.seed is None else replace(plan, seed=plan.seed + number * SEED_STRIDE)
             onlooker = _Onlooker(progress, f"split {number + 1}/{len(cohorts)}", number * rounds, plan)
-            done = rehearse(folder, cohort, mine, seams, study, onlooker)
+            done = rehearse(folder, cohort, mine, seams, study, onlooker, backend)
             if not keep:
                 shutil.rmtree(parties)
             progress.update((number + 1) * rounds, f"split {number + 1}/{len(cohorts)}: scoring")
             outcome = make_outcome(
-                cohort, done.assignment, done.checkpoint, done.weights, done.history, done.train_seconds, done.seconds
+                cohort,
+                done.assignment,
+                done.checkpoint,
+                done.weights,
+                done.history,
+                done.train_seconds,
+                done.seconds,
+                has_baseline,
             )
             outcomes.append(outcome)
             progress.update(
@@ -193,8 +220,9 @@ def _rehearse_all(
 def _rounds(cohort: Cohort, plan: Rehearsal, seams: Seams, study: Study | None) -> int:
     """Rounds of one federation, for the bar."""
     if study is not None:
-        return study.training.rounds
-    return plan.rounds or load_task(seams.files, cohort.task).training.rounds
+        return study.released_sums
+    task = task_of(seams.files, cohort)
+    return (plan.rounds or task.training.rounds) + (task.statistics is not None)
 
 
 def _write(folder: Path, outcomes: Sequence[Outcome], result: Result, seams: Seams) -> None:

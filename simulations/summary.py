@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from medfed.simulations.outcome import Result
-from medfed.simulations.report import auc, epsilon_in_words, spread, stamp_lines
+from medfed.simulations.own_table import EVALUATION as OWN_TABLE
+from medfed.simulations.report import auc, baseline, epsilon_in_words, spread, stamp_lines
 from medfed.simulations.runs import Simulation
 
 _WIDEST = 110
@@ -57,9 +58,14 @@ def _table(result: Result, purpose: str) -> Table:
     table.add_row("", "")
     table.add_row("task", purpose)
     table.add_row("test AUC", f"{spread(result)}; 0.5 is guessing, 1 is perfect")
-    table.add_row("without privacy", f"{auc(result.pooled_auc)}, the same model on everybody's data in one place")
+    if result.cross_validated_auc is not None:
+        table.add_row(
+            "all folds together", f"{auc(result.cross_validated_auc)}, each by the model that did not train on it"
+        )
+    table.add_row("without privacy", f"{baseline(result)}, the same model on everybody's data in one place")
     if result.test_accuracy is not None:
-        table.add_row("test accuracy", f"{result.test_accuracy:.3f}")
+        f1 = "" if result.test_f1_macro is None else f"; mean F1 over classes {result.test_f1_macro:.3f}"
+        table.add_row("test accuracy", f"{result.test_accuracy:.3f}{f1}")
     if result.epsilon is None:
         table.add_row("epsilon", f"none. {epsilon_in_words(result)}")
     else:
@@ -77,9 +83,11 @@ def _table(result: Result, purpose: str) -> Table:
 def _next(simulation: Simulation, has_study: bool) -> list[tuple[str, str]]:
     """Commands to type, as this reader can type them, and what each is for."""
     result, program = simulation.result, _program()
-    again = f"{program} run {'STUDY ' if has_study else ''}--cohort {result.cohort}"
+    is_own = result.evaluation == OWN_TABLE
+    data = "--data FILE ..." if is_own else f"--cohort {result.cohort}"
+    again = f"{program} run {'STUDY ' if has_study else ''}{data}"
     steps = []
-    if simulation.outcomes[0].cohort.seed is not None:
+    if simulation.outcomes[0].cohort.seed is not None and not is_own:
         evaluate = f"{program} evaluate {_short(simulation.folder)}"
         steps.append((evaluate, "score the saved model again, outside the federation"))
     if result.epsilon is not None:

@@ -7,6 +7,7 @@ both are the same person, at the same terminal, with patients of a public cohort
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Callable, Sequence
 
@@ -35,9 +36,11 @@ class Watch:
             try:
                 reply = handle(frame)
             except Exception as error:
-                self._failed(position, error)
+                self.failed(
+                    position, str(error) if isinstance(error, MedfedError) else f"{type(error).__name__}: {error}"
+                )
                 raise
-            self._failures[position] = 0
+            self.worked(position)
             return reply
 
         return tell
@@ -51,13 +54,17 @@ class Watch:
         if self._end is not None:
             raise EnvironmentFault(192, self._end, "see the warning above; --debug shows where")
 
-    def _failed(self, position: int, error: Exception) -> None:
-        why = str(error) if isinstance(error, MedfedError) else f"{type(error).__name__}: {error}"
+    def worked(self, position: int) -> None:
+        """A hospital answered."""
+        self._failures[position] = 0
+
+    def failed(self, position: int, why: str) -> None:
+        """A hospital did not answer; ``why`` is said once."""
         line = f"{self._names[position]} failed: {why}"
         with self._lock:
             if line not in self._told:
                 self._told.add(line)
-                log.warning("%s", line, exc_info=log.isEnabledFor(logging.DEBUG))
+                log.warning("%s", line, exc_info=log.isEnabledFor(logging.DEBUG) and sys.exception() is not None)
             self._failures[position] += 1
             if self._failures[position] >= FAILURES_IN_A_ROW:
                 self._end = f"{self._names[position]} failed {FAILURES_IN_A_ROW} times in a row"

@@ -20,7 +20,7 @@ from medfed.study import Study
 
 if TYPE_CHECKING:
     from medfed.client.hospital import Hospital
-    from medfed.client.participation import Noise
+    from medfed.client.local_steps import Noise
     from medfed.client.site import Site
     from medfed.simulations.cohorts import Cohort
 
@@ -152,10 +152,10 @@ NAMES = ("Ahaus", "Bonn", "Celle", "Daun")
 
 def _cohort() -> Cohort:
     """Four hospitals with 5 to 8 patients of one to three records each."""
-    from medfed.simulations.cohorts import Cohort, Table
+    from medfed.simulations.cohorts import Cohort, Extract
     from medfed.simulations.cohorts import Hospital as Split
 
-    def table(hospital: int, patients: int) -> Table:
+    def table(hospital: int, patients: int) -> Extract:
         rows = [
             (
                 f"{NAMES[hospital]}-p{patient}",
@@ -168,7 +168,7 @@ def _cohort() -> Cohort:
             for record in range(1 + patient % 3)
         ]
         names = ("patient", "age", "lactate", "ventilated", "ill")
-        return Table(dict(zip(names, zip(*rows, strict=True), strict=True)))
+        return Extract(dict(zip(names, zip(*rows, strict=True), strict=True)))
 
     hospitals = tuple(Split(name, table(place, 5 + place), table(place, 2)) for place, name in enumerate(NAMES))
     return Cohort("tiny", str(TASK_FILE), 1e-3, hospitals, "none", "made up")
@@ -233,7 +233,7 @@ class World:
         self.study = self.assignment.study
         self.study_hash = self.study.hash()
         self.run_folder = run_folder(self.office, self.assignment)
-        self.store = Store(self.base.files, self.run_folder, self.assignment.plan.words)
+        self.store = Store(self.base.files, self.run_folder, self.study, self.assignment.plan.words)
         self.hospitals: dict[int, Hospital] = {}
         self._starts = dict.fromkeys([*NAMES, "coordinator"], 0)
         self._open: dict[int, contextlib.ExitStack] = {}

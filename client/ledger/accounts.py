@@ -171,10 +171,20 @@ class Prices:
         self._known: dict[Mechanism, NDArray[np.float64]] = {}
 
     def of(self, mechanism: Mechanism, count: int) -> NDArray[np.float64]:
-        """RDP of ``count`` events over ``ORDERS``: float64[len(ORDERS)]."""
+        """RDP of ``count`` attempts over ``ORDERS``, what comes before the first included: float64[len(ORDERS)]."""
+        if not count:
+            return np.zeros(len(ORDERS))
+        total = self._of_one(mechanism) * count
+        return total if mechanism.beforehand is None else total + self._of_one(mechanism.beforehand)
+
+    def of_next(self, mechanism: Mechanism, count: int) -> NDArray[np.float64]:
+        """RDP of one attempt more after ``count``: float64[len(ORDERS)]."""
+        return self._of_one(mechanism) if count else self.of(mechanism, 1)
+
+    def _of_one(self, mechanism: Mechanism) -> NDArray[np.float64]:
         if mechanism not in self._known:
             self._known[mechanism] = mechanism.rdp()
-        return self._known[mechanism] * count if count else np.zeros(len(ORDERS))
+        return self._known[mechanism]
 
     def spent(self, account: Iterable[ApprovedStudy]) -> NDArray[np.float64]:
         """RDP of every event charged."""

@@ -42,7 +42,7 @@ from medfed.client.ledger.entries import (
 from medfed.client.ledger.rows import approved_body, reserved_body
 from medfed.client.ledger.store import Store
 from medfed.client.ledger.view import LedgerView, Sealed
-from medfed.errors import BudgetExhausted, ConfigError, LocalProtocolError, PrivacyError
+from medfed.errors import BudgetExhausted, ConfigError, LocalProtocolError, MedfedError, PrivacyError
 from medfed.identity import Identity
 from medfed.seams import Files
 
@@ -87,6 +87,17 @@ class Ledger(LedgerView):
             store.check()
             _mark(files, path, store)
             return cls(store, stack.pop_all())
+
+    @staticmethod
+    def is_held(files: Files, path: Path) -> bool:
+        """Whether a process has this ledger open. Takes the lock for a moment, so ask only when nobody is to start."""
+        try:
+            with files.lock(_lock_path(path)):
+                return False
+        except MedfedError as error:
+            if error.code == 620:
+                return True
+            raise
 
     # ------------------------------------------------------------------------------------------------------- approving
 
@@ -145,10 +156,24 @@ class Ledger(LedgerView):
                 )
             if round_number < 1:
                 raise LocalProtocolError(182, f"round {round_number} does not exist", "rounds count from 1")
+            self._require_statistics_left(known, round_number)
             reservation = self._charge(known, attempt, caps)
             body = reserved_body(known.approval.mechanism, round_number, caps, now_wall, reservation)
             self._store.append(Draft(Kind.RESERVED, study, attempt, body))
         return reservation
+
+    def _require_statistics_left(self, known: ApprovedStudy, round_number: int) -> None:
+        """The statistics' attempts are paid for with the first one, as many as the study names and no more."""
+        before = known.approval.mechanism.beforehand
+        if before is None or round_number != 1:
+            return
+        made = self._store.select("WHERE study = ? AND kind = 'RESERVED'", (known.approval.study,))
+        if len(made) >= before.repeats:
+            raise BudgetExhausted(
+                502,
+                f"all {before.repeats} attempts at the statistics are made, nothing was spent",
+                "the study is used up; a new one needs a new approval",
+            )
 
     def _charge(self, known: ApprovedStudy, attempt: int, caps: Caps) -> Reservation:
         mechanism, delta = known.approval.mechanism, known.approval.delta
@@ -158,7 +183,7 @@ class Ledger(LedgerView):
             price(self._prices.of(mechanism, known.events), delta),
             require_study_fits(self._prices.of(mechanism, known.events + 1), delta, caps),
             price(account, caps.lifetime_delta),
-            require_lifetime_fits(account + self._prices.of(mechanism, 1), caps),
+            require_lifetime_fits(account + self._prices.of_next(mechanism, known.events), caps),
         )
 
     def seal(self, study: bytes, attempt: int, vector_hash: bytes, pad_id: bytes, reply_hash: bytes) -> None:

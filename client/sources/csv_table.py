@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,48 +26,87 @@ _DELIMITERS = (",", ";", "\t")
 class Table:
     """Records by column, in the order of the file.
 
-    ``patients[i]``: id of record i in its one spelling, never empty. ``columns[name][i]``: its text under the study's
-    name of the column, blanks at both ends removed, empty where nothing stands. ``rows[i]``: the line in the file where
-    record i begins (the header is line 1), for errors. ``repr`` shows no content.
+    ``patients[i]``: id of record i in its one spelling, never empty. ``records[i]``: the id of the record itself, likewise;
+    the patient's where the file has no column for it. ``columns[name][i]``: its text under the study's name of the column,
+    blanks at both ends removed, empty where nothing stands. ``rows[i]``: the line in the file where record i begins (the
+    header is line 1), for errors. ``repr`` shows no content.
     """
 
     patients: tuple[str, ...] = field(repr=False)
     columns: Mapping[str, tuple[str, ...]] = field(repr=False)
     rows: tuple[int, ...] = field(repr=False)
+    records: tuple[str, ...] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.patients)
 
 
-def read_table(files: Files, path: Path, patient_column: str, columns: Mapping[str, str]) -> Table:
-    """Read the patient ids and ``columns`` (study's name -> name in the file) of a CSV file; other columns are ignored.
+def read_table(
+    files: Files, path: Path, patient_column: str, columns: Mapping[str, str], record_column: str | None = None
+) -> Table:
+    """Read the patient ids, the record ids and ``columns`` (study's name -> name in the file); other columns are ignored.
 
     Raises: ``DataError`` 301 (empty, not UTF-8, no or doubled column, ragged row, open quote, NUL, no patient id), 310
     without a record; what ``files.read`` raises (606, 609 over 1 GiB).
     """
-    text = _decode(files.read(path, limit_bytes=LIMIT_BYTES))
-    lines = _records(text)
+    own_ids = [] if record_column is None else [record_column]
+    lines = read_lines(files, path, [patient_column, *own_ids, *columns.values()])
+    patients: list[str] = []
+    records: list[str] = []
+    rows: list[int] = []
+    cells: dict[str, list[str]] = {name: [] for name in columns}
+    for row, record in lines.cells:
+        patient = _id(record, lines.places, patient_column, row, "patient")
+        patients.append(patient)
+        records.append(patient if record_column is None else _id(record, lines.places, record_column, row, "record"))
+        rows.append(row)
+        for name, local in columns.items():
+            cells[name].append(record[lines.places[local]].strip())
+    if not patients:
+        raise DataError(310, "the file has a header and no record", "name the right file")
+    return Table(tuple(patients), {name: tuple(values) for name, values in cells.items()}, tuple(rows), tuple(records))
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """A file behind its header: ``places`` of the wanted columns, and (line where it begins, cells) of every record."""
+
+    places: Mapping[str, int]
+    cells: Iterator[tuple[int, list[str]]] = field(repr=False)
+
+
+def read_lines(files: Files, path: Path, wanted: Sequence[str]) -> Lines:
+    """Begin to read a CSV file that has each ``wanted`` column once; raises as ``read_table``, at a record when it comes."""
+    names, lines = _begin(files, path)
+    return Lines(_places(names, wanted), _as_long_as(len(names), lines))
+
+
+def read_header(files: Files, path: Path) -> list[str]:
+    """The names of all columns of a CSV file; raises as ``read_table``."""
+    return _begin(files, path)[0]
+
+
+def _begin(files: Files, path: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    lines = _records(_decode(files.read(path, limit_bytes=LIMIT_BYTES)))
     _, header = next(lines, (1, []))
     names = [name.strip() for name in header]
     if not any(names):
         raise _fault("row 1 is no header", "the first row names the columns")
-    places = _places(names, patient_column, columns)
-    patients: list[str] = []
-    rows: list[int] = []
-    cells: dict[str, list[str]] = {name: [] for name in columns}
+    return names, lines
+
+
+def _as_long_as(width: int, lines: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[int, list[str]]]:
     for row, record in lines:
-        if len(record) != len(names):
-            raise _fault(f"row {row} has {len(record)} cells, the header {len(names)}", "correct the row")
-        patient = one_spelling(record[places[patient_column]])
-        if not patient:
-            raise _fault(f'row {row}, column "{_plain(patient_column)}" holds no patient id', "every record needs one")
-        patients.append(patient)
-        rows.append(row)
-        for name, local in columns.items():
-            cells[name].append(record[places[local]].strip())
-    if not patients:
-        raise DataError(310, "the file has a header and no record", "name the right file")
-    return Table(tuple(patients), {name: tuple(values) for name, values in cells.items()}, tuple(rows))
+        if len(record) != width:
+            raise _fault(f"row {row} has {len(record)} cells, the header {width}", "correct the row")
+        yield row, record
+
+
+def _id(record: list[str], places: Mapping[str, int], column: str, row: int, whose: str) -> str:
+    identity = one_spelling(record[places[column]])
+    if not identity:
+        raise _fault(f'row {row}, column "{plain(column)}" holds no {whose} id', "every record needs one")
+    return identity
 
 
 def _decode(data: bytes) -> str:
@@ -112,23 +151,23 @@ def _records(text: str) -> Iterator[tuple[int, list[str]]]:
         raise _fault(f"row {begin} is not CSV, a quote stands wrong or is left open", "correct the row") from None
 
 
-def _places(names: list[str], patient_column: str, columns: Mapping[str, str]) -> dict[str, int]:
+def _places(names: list[str], all_wanted: Sequence[str]) -> dict[str, int]:
     """Index of each wanted column; each must be there once."""
     places: dict[str, int] = {}
-    for wanted in (patient_column, *columns.values()):
+    for wanted in all_wanted:
         found = [index for index, name in enumerate(names) if name == wanted]
         if not found:
             remedy = (
                 'add it, or write its name here as STUDY_NAME = "YOUR COLUMN" under [data.columns] in hospital.toml'
             )
-            raise _fault(f'column "{_plain(wanted)}" is missing', remedy)
+            raise _fault(f'column "{plain(wanted)}" is missing', remedy)
         if len(found) > 1:
-            raise _fault(f'column "{_plain(wanted)}" is there {len(found)} times', "rename or remove one")
+            raise _fault(f'column "{plain(wanted)}" is there {len(found)} times', "rename or remove one")
         places[wanted] = found[0]
     return places
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """A column's name for a terminal; it comes from the configuration, not from the file."""
     return name.encode("ascii", "backslashreplace").decode()[:64]
 

@@ -6,11 +6,8 @@ What it bounds is the L2 norm of one patient's share of the sum; the noise that 
 
 from __future__ import annotations
 
-import copy
 import math
-import warnings
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -18,18 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from medfed.errors import LocalProtocolError, UnsupportedModel
-
-if TYPE_CHECKING:
-    from opacus.grad_sample import GradSampleModule
+from medfed.privacy.gradients.recorder import Losses, Recorder
 
 # clipping to slightly less than C leaves room for the float error of norms, factors and of adding up the patients, which
 # may differ in the last places with one patient more. It is no room for a gradient that depends on the rest of the batch:
 # the model and loss must give each record the same bits in every batch (models/rowwise.py)
 CLIPPING_MARGIN = 1e-4
-_AGREEMENT = 1e-2
 _VALUES_AT_ONCE = 1 << 26
-
-Losses = Callable[[Tensor, Tensor], Tensor]
 
 
 def clipped_sum(
@@ -57,17 +49,19 @@ def clipped_sum(
     Raises ``UnsupportedModel`` (MF-160) for layers or losses that couple records, ``LocalProtocolError`` (MF-180)
     for arguments that do not fit together.
     """
-    _check_arguments(inputs, labels, patients, patient_count, clipping_norm)
+    check_arguments(inputs, labels, patients, clipping_norm)
+    if len(patients) and not 0 <= int(patients.min()) <= int(patients.max()) < patient_count:
+        raise LocalProtocolError(180, "a record of a patient outside the index", "number patients from 0")
     refuse_unsupported(model)
     total = np.zeros(sum(weight.numel() for weight in model.parameters() if weight.requires_grad))
     if len(patients) == 0:
         return total
     order = np.argsort(patients, kind="stable")
     max_batch = max(1, min(max_batch, _VALUES_AT_ONCE // max(1, len(total))))
-    with _Recorder(model) as recorder:
+    with Recorder(model, losses) as recorder:
         for chosen in _whole_patients(patients[order], max_batch):
             rows = torch.from_numpy(order[chosen]).to(inputs.device)
-            gradients = recorder.gradients(losses, inputs[rows], labels[rows.to(labels.device)])
+            gradients = recorder.checked_gradients(inputs[rows], labels[rows.to(labels.device)])
             total += _clip_and_sum(gradients, patients[order[chosen]], clipping_norm / (1 + CLIPPING_MARGIN))
     return total
 
@@ -95,14 +89,11 @@ def _replacement(module: nn.modules.batchnorm._BatchNorm) -> str:
     return f"GroupNorm({math.gcd(32, channels)}, {channels})"
 
 
-def _check_arguments(
-    inputs: Tensor, labels: Tensor, patients: NDArray[np.int64], patient_count: int, clipping_norm: float
-) -> None:
+def check_arguments(inputs: Tensor, labels: Tensor, patients: NDArray[np.int64], clipping_norm: float) -> None:
+    """Raise ``LocalProtocolError`` (MF-180) for arguments that do not fit together."""
     if not len(inputs) == len(labels) == len(patients):
         what = f"{len(inputs)} inputs, {len(labels)} labels, {len(patients)} owners of records"
         raise LocalProtocolError(180, what, "give one of each a record")
-    if len(patients) and not 0 <= int(patients.min()) <= int(patients.max()) < patient_count:
-        raise LocalProtocolError(180, "a record of a patient outside the index", "number patients from 0")
     if not 0.0 < clipping_norm < math.inf:
         raise LocalProtocolError(180, f"clipping norm {clipping_norm}", "use a positive number")
 
@@ -117,73 +108,6 @@ def _whole_patients(owners: NDArray[np.int64], max_batch: int) -> Iterator[slice
             start = previous
         previous = end
     yield slice(start, len(owners))
-
-
-class _Recorder:
-    """A private copy of the model under Opacus's hooks; the caller's model sees neither hooks nor gradients."""
-
-    def __init__(self, model: nn.Module) -> None:
-        from opacus.grad_sample import GradSampleModule
-
-        # hooks record in training mode only
-        self._model = copy.deepcopy(model).train()
-        _know_linear_layers(GradSampleModule, self._model)
-        self._wrapped = GradSampleModule(self._model, batch_first=True, loss_reduction="sum", strict=False)
-        self._weights = [(name, weight) for name, weight in self._model.named_parameters() if weight.requires_grad]
-        self._constants = {name: value.clone() for name, value in self._model.named_buffers()}
-
-    def __enter__(self) -> _Recorder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._wrapped.remove_hooks()
-
-    def gradients(self, losses: Losses, inputs: Tensor, labels: Tensor) -> list[Tensor]:
-        """Per-record gradients of each weight: a list of float[B, size of the weight]."""
-        for _, weight in self._weights:
-            weight.grad = weight.grad_sample = None  # type: ignore[attr-defined]
-        loss = losses(self._wrapped(inputs), labels)
-        if loss.shape != (len(inputs),):
-            what = f"the loss has shape {tuple(loss.shape)} for {len(inputs)} records"
-            raise UnsupportedModel(160, what, "return one loss a record")
-        _expect_plain_inputs()
-        loss.sum().backward()  # type: ignore[no-untyped-call]
-        for name, value in self._model.named_buffers():
-            if not torch.equal(value, self._constants[name]):
-                raise UnsupportedModel(160, f"buffer {name} changes with the records", "use a layer without statistics")
-        return [self._of_records(name, weight, len(inputs)) for name, weight in self._weights]
-
-    def _of_records(self, name: str, weight: nn.Parameter, records: int) -> Tensor:
-        sample: Tensor | None = getattr(weight, "grad_sample", None)
-        if weight.grad is None:
-            return torch.zeros(records, weight.numel(), dtype=weight.dtype, device=weight.device)
-        if not isinstance(sample, Tensor) or len(sample) != records:
-            raise UnsupportedModel(160, f"no gradient by record for {name}", "use the parameter in its own layer only")
-        flat = sample.reshape(records, -1)
-        # a use of the weight that the hooks did not see is in .grad but not in the samples: it would escape clipping
-        difference = (flat.sum(0) - weight.grad.flatten()).abs()
-        if bool((difference > _AGREEMENT * flat.abs().sum(0) + torch.finfo(flat.dtype).tiny).any()):
-            raise UnsupportedModel(160, f"{name} mixes records or is used outside its layer", "use a plain layer")
-        return flat
-
-
-def _know_linear_layers(wrapper: type[GradSampleModule], model: nn.Module) -> None:
-    """Tell Opacus that a kind of ``nn.Linear`` has its gradients: it looks a layer's exact type up.
-
-    A layer that only calls itself linear is found out when its samples do not add up to its gradient.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            wrapper.GRAD_SAMPLERS.setdefault(type(module), wrapper.GRAD_SAMPLERS[nn.Linear])
-
-
-def _expect_plain_inputs() -> None:
-    """Torch warns that a first layer's inputs need no gradient. They are records: its output's gradient is all we need.
-
-    For the whole process and this message only: ``catch_warnings`` restores the filters of whatever thread ended last,
-    and hospitals of a rehearsal train in threads. Inputs that require gradients would cost one more backward pass.
-    """
-    warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
 
 
 def _clip_and_sum(gradients: list[Tensor], owners: NDArray[np.int64], bound: float) -> NDArray[np.float64]:

@@ -171,7 +171,8 @@ class Aggregator:
 
     def __init__(self, config: AggregatorConfig) -> None:
         self._state = new_state(config)
-        self._sum = view_words(bytearray(config.vector_bytes), config.ring_bits)
+        self._buffer = bytearray(config.vector_bytes)
+        self._sum = view_words(self._buffer, config.ring_bits)
 
     @classmethod
     def from_offers(cls, config: AggregatorConfig, offers: Sequence[bytes]) -> Aggregator:
@@ -231,7 +232,7 @@ class Aggregator:
         """
         self._step(Round(attempt, task_hash))
 
-    def add_upload(self, payload: bytes) -> int:
+    def add_upload(self, payload: bytes | memoryview) -> int:
         """Verify an upload and add it to the sum; returns its position. The same bytes again change nothing.
 
         Raises ``RemoteProtocolError`` and leaves the sum as it was: MF-180 length, ring; MF-102 version; MF-182 session or
@@ -246,9 +247,20 @@ class Aggregator:
 
         Raises ``LocalProtocolError`` (MF-104) while any hospital is missing: a partial sum is only noise.
         """
+        self._check_done()
+        return self._sum.copy()
+
+    def total_bytes(self) -> memoryview:
+        """``total`` as it travels, little-endian words: no copy, so it is zeros again once a round is opened or closed.
+
+        Raises as ``total``.
+        """
+        self._check_done()
+        return memoryview(self._buffer).toreadonly()
+
+    def _check_done(self) -> None:
         if self._state.phase is not AggregatorPhase.DONE:
             raise LocalProtocolError(104, "the sum is not complete", "wait for all hospitals or close the round")
-        return self._sum.copy()
 
     def close_round(self, reason: CloseReason = CloseReason.DEADLINE) -> None:
         """Give up an attempt, or forget its sum. It is final: the next attempt has a higher number."""

@@ -275,7 +275,7 @@ class UploadParts:
     signature: bytes
 
 
-def parse_upload(payload: bytes, config: AggregatorConfig, transcript: bytes, attempt: int) -> UploadParts:
+def parse_upload(payload: bytes | memoryview, config: AggregatorConfig, transcript: bytes, attempt: int) -> UploadParts:
     """Take an upload apart against what this session expects.
 
     Raises ``RemoteProtocolError``: MF-180 wrong length, ring or number of words; MF-102 version; MF-182 other session or
@@ -296,4 +296,4 @@ def parse_upload(payload: bytes, config: AggregatorConfig, transcript: bytes, at
     if position >= config.hospitals:
         raise RemoteProtocolError(111, f"upload for position {position}, not in the roster", "refused")
     end = HEADER_BYTES + config.vector_bytes
-    return UploadParts(position, memoryview(payload)[HEADER_BYTES:end], payload[end:])
+    return UploadParts(position, memoryview(payload)[HEADER_BYTES:end], bytes(payload[end:]))

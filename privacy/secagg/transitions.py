@@ -95,7 +95,7 @@ class Offered:
 class Uploaded:
     """Aggregator: one hospital's upload."""
 
-    payload: bytes
+    payload: bytes | memoryview
 
 
 PartyEvent: TypeAlias = Begin | Offers | Round | Vector | Masked | Fast | Survivors | Certificate | Close

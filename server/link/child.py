@@ -8,6 +8,7 @@ knock at the next server's door with a token of the last.)
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -22,7 +23,7 @@ from typing import NoReturn
 import httpx
 from pydantic import BaseModel, ConfigDict
 
-from medfed.flower import RECORD, hush
+from medfed.flower import FIELD, RECORD, hush
 
 # isort: split
 from flwr.app import ConfigRecord, Error, Message, RecordDict
@@ -48,9 +49,11 @@ from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
-from medfed.errors import ExitStatus, MedfedError
+from medfed.errors import ExitStatus, MedfedError, RemoteProtocolError
+from medfed.flower_pieces import FRAMES_LIMIT_BYTES, Incoming, cut
+from medfed.process import give_large_memory_back
 from medfed.server.exchange import Exchange
-from medfed.server.link.grid import make_server_app
+from medfed.server.link.grid import make_server_app, payload_of
 
 hush()
 log = logging.getLogger("medfed.server.link")
@@ -71,6 +74,8 @@ class Orders(BaseModel):
     task: str
     """``module:function`` of installed code, called with an ``Exchange`` and ``config_path``."""
     config_path: str
+    frame_bytes: int = FRAMES_LIMIT_BYTES
+    """Longest frame of a hospital: it follows from the study."""
 
 
 class RunGrid(HttpGrid):  # type: ignore[misc]
@@ -78,27 +83,37 @@ class RunGrid(HttpGrid):  # type: ignore[misc]
 
     Flower shows a reply before its objects are stored and then waits for them, up to two hours; and it lets an
     exception over one reply's content out of the loop over all. Here a reply is taken up again at the next call until
-    its record is there, and one that cannot be read becomes an error message. In the other direction a hospital may
+    its frame is there, and one that cannot be read becomes an error message. In the other direction a hospital may
     confirm a message, and so delete its objects, before all of them are pushed: Flower's own pushing fails then.
+
+    Of frames in pieces at most one is in memory: it is fetched when the hospital has stored the last of it, and nothing
+    else is returned with it. What has been fetched is confirmed, and so deleted at the SuperLink, at once.
     """
 
-    def __init__(self, admin: str, token: str) -> None:
+    def __init__(self, admin: str, token: str, frame_bytes: int = FRAMES_LIMIT_BYTES) -> None:
         super().__init__(admin, insecure=True, token=token)
-        self._unfinished: dict[str, tuple[MessageProto, ObjectTree]] = {}
+        self._frame_bytes = frame_bytes
+        self._unfinished: dict[str, tuple[MessageProto, Incoming | None]] = {}
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         protos, trees = [], []
         objects: dict[str, InflatableObject] = {}
+        contents: dict[int, RecordDict] = {}  # one frame for all hospitals is cut and hashed once
         with no_object_id_recompute():
             for message in messages:
+                frame = payload_of(message) or b""
+                if id(frame) not in contents:
+                    contents[id(frame)] = cut(frame)
+                message.content = contents[id(frame)]
                 message.metadata.__dict__["_message_id"] = message.object_id
                 protos.append(message_to_proto(remove_content_from_message(message)))
                 trees.append(get_object_tree(message))
                 objects.update(get_all_nested_objects(message))
             request = PushAppMessagesRequest(messages_list=protos, message_object_trees=trees)
             pushed = self._runtime_client.PushMessages(request)
-            # the records first: they are what hospitals wait for
-            for name in sorted(pushed.objects_to_push, key=lambda name: not isinstance(objects[name], ConfigRecord)):
+            wanted = set(pushed.objects_to_push)
+            # the records first and in order: they are what hospitals wait for
+            for name in sorted(wanted & objects.keys(), key=list(objects).index):
                 part = PushObjectRequest(
                     node=self.node,
                     run_id=self.run.run_id,
@@ -107,6 +122,8 @@ class RunGrid(HttpGrid):  # type: ignore[misc]
                     object_content=objects[name].deflate(),
                 )
                 self._runtime_client.PushObject(part)  # stored, or no longer wanted
+        if len(objects) > 2 * len(protos) + 1:  # pieces were sent: garbage in circles
+            gc.collect()
         ids: list[str] = list(pushed.message_ids)
         return ids
 
@@ -115,19 +132,50 @@ class RunGrid(HttpGrid):  # type: ignore[misc]
         if asked:
             pulled = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=asked))
             for proto, tree in zip(pulled.messages_list, pulled.message_object_trees, strict=True):
-                self._unfinished[proto.metadata.reply_to_message_id] = (proto, tree)
-        return [reply for i in list(self._unfinished) if (reply := self._finish(i)) is not None]
+                self._unfinished[proto.metadata.reply_to_message_id] = (proto, self._incoming(proto, tree))
+        return self._short_replies() or self._long_reply()
+
+    def _incoming(self, proto: MessageProto, tree: ObjectTree) -> Incoming | None:
+        """Where the reply's frame will arrive; None for one that has no readable content."""
+        if message_from_proto(proto).has_error():
+            return None
+        try:
+            return Incoming(tree, self._frame_bytes)
+        except RemoteProtocolError as error:
+            log.warning("a reply could not be read: %s", error)
+            return None
+
+    def _short_replies(self) -> list[Message]:
+        short = [i for i, (_, incoming) in self._unfinished.items() if incoming is None or incoming.is_one]
+        return [reply for i in short if (reply := self._finish(i)) is not None]
+
+    def _long_reply(self) -> list[Message]:
+        """The next frame in pieces that has come completely, if it is its turn: one is looked at in each call."""
+        for message_id in list(self._unfinished)[:1]:
+            proto, incoming = self._unfinished.pop(message_id)
+            self._unfinished[message_id] = (proto, incoming)  # the last in turn now
+            if incoming is not None and self._is_stored(incoming.root):
+                reply = self._finish(message_id)
+                gc.collect()  # its pieces are garbage in circles
+                return [] if reply is None else [reply]
+        return []
+
+    def _is_stored(self, name: str) -> bool:
+        try:
+            return self._object(name) is not None
+        except LookupError:  # deleted: the reading will say so
+            return True
 
     def _finish(self, message_id: str) -> Message | None:
         """The reply if it is all there. Its metadata are the store's, which knows who answered what."""
-        proto, tree = self._unfinished[message_id]
+        proto, incoming = self._unfinished[message_id]
         message = message_from_proto(proto)
         try:
             if not message.has_error():
-                record = self._record(tree)
-                if record is None:
+                frame = self._frame(incoming)
+                if frame is None:
                     return None
-                message.content = RecordDict({RECORD: record})
+                message.content = RecordDict({RECORD: ConfigRecord({FIELD: frame})})
         except httpx.HTTPError:
             raise
         except Exception as error:  # whatever a hospital's bytes can raise in Flower's parsers
@@ -141,21 +189,29 @@ class RunGrid(HttpGrid):  # type: ignore[misc]
         del self._unfinished[message_id]
         return message
 
-    def _record(self, tree: ObjectTree) -> ConfigRecord | None:
-        """The one config record of a reply (medfed/flower.py), None while it is on its way."""
-        if len(tree.children) != 1 or len(tree.children[0].children) != 1:
+    def _frame(self, incoming: Incoming | None) -> bytes | None:
+        """The frame of a reply, None while it is on its way."""
+        if incoming is None:
             raise ValueError
-        leaf = tree.children[0].children[0].object_id
-        request = PullObjectRequest(node=self.node, run_id=self.run.run_id, object_id=leaf)
+        frame = incoming.take(self._object)
+        if frame is None and not incoming.is_one:
+            raise LookupError  # a hospital stores the pieces before the message's own object
+        return frame
+
+    def _object(self, name: str) -> bytes | None:
+        """One object's content, None while it is on its way; LookupError if there is none of this name."""
+        request = PullObjectRequest(node=self.node, run_id=self.run.run_id, object_id=name)
         got = self._runtime_client.PullObject(request)
         if not got.object_found:
             raise LookupError
-        return ConfigRecord.inflate(got.object_content) if got.object_available else None
+        content: bytes = got.object_content
+        return content if got.object_available else None
 
 
 def run(orders: Orders) -> None:
     """Take the task, run it, report its end to Flower. Lets through what the task raises."""
-    grid = RunGrid(orders.admin, orders.token)
+    give_large_memory_back()
+    grid = RunGrid(orders.admin, orders.token, orders.frame_bytes)
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(grid._runtime_client))
     heartbeat.start()
     status = "failed"

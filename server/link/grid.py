@@ -69,11 +69,11 @@ def _reply(position: int, message: Message) -> Reply:
     if message.has_error():
         fault = _FAULTS.get(message.error.code) or str(message.error.reason)[:80]
         return Reply(position, None, fault)
-    payload = _payload(message)
+    payload = payload_of(message)
     return Reply(position, payload, "malformed" if payload is None else None)
 
 
-def _payload(message: Message) -> bytes | None:
+def payload_of(message: Message) -> bytes | None:
     """Our bytes, or None for content of any other shape."""
     records = dict(message.content.items())
     record = records.get(RECORD)

@@ -26,8 +26,44 @@ FLEET_PREFIX = "/v1/fleet/"
 HEALTH_PATH = "/health"
 
 
-class _TooLarge(Exception):
-    """A body beyond the limit."""
+@dataclass(frozen=True, slots=True)
+class WholeBody:
+    """ASGI application: reads a request's body, at most ``limit_bytes``, and hands it on in one piece.
+
+    Flower's application has ten layers, each of which would take a body apart event by event, a few kilobytes each: for
+    megabytes that costs more than TLS and hashing together.
+    """
+
+    app: App
+    limit_bytes: int
+
+    async def __call__(self, scope: Mapping, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        parts: list[bytes] = []
+        taken, is_more = 0, True
+        while is_more:
+            event = await receive()
+            if event["type"] != "http.request":
+                return  # the peer is gone
+            body = event.get("body", b"")
+            if isinstance(body, bytes) and body:
+                parts.append(body)
+                taken += len(body)
+            if taken > self.limit_bytes:
+                await _answer(send, 413)
+                return
+            is_more = bool(event.get("more_body", False))
+        whole = [b"".join(parts)]
+        parts.clear()
+
+        async def once() -> Mapping:
+            if whole:
+                return {"type": "http.request", "body": whole.pop(), "more_body": False}
+            return await receive()
+
+        await self.app(scope, once, send)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,40 +84,11 @@ class FleetOnly:
             if _announced_bytes(scope.get("headers")) > self.limit_bytes:
                 await _answer(send, 413)
             else:
-                await self._bounded(scope, receive, send)
+                await WholeBody(self.app, self.limit_bytes)(scope, receive, send)
         elif kind == "http":
             await _answer(send, 404)
         elif kind == "websocket":
             await send({"type": "websocket.close", "code": 1008})
-
-    async def _bounded(self, scope: Mapping, receive: Receive, send: Send) -> None:
-        taken = 0
-        started = False
-
-        async def counted() -> Mapping:
-            nonlocal taken
-            event = await receive()
-            body = event.get("body", b"")
-            taken += len(body) if isinstance(body, bytes) else 0
-            if taken > self.limit_bytes:
-                raise _TooLarge
-            return event
-
-        async def watched(event: Mapping) -> None:
-            nonlocal started
-            # the application may turn our exception into an answer of its own; the peer gets one answer only
-            if taken > self.limit_bytes:
-                return
-            started = True
-            await send(event)
-
-        try:
-            await self.app(scope, counted, watched)
-        except Exception:
-            if taken <= self.limit_bytes:
-                raise
-        if taken > self.limit_bytes and not started:
-            await _answer(send, 413)
 
 
 def _is_public(path: object) -> bool:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medfed.errors import EnvironmentFault, ExitStatus
+from medfed.flower_pieces import FRAMES_LIMIT_BYTES
+from medfed.health import Tell
 from medfed.seams import Clock, Seams
 from medfed.server.certificates import check_server_certificate
 from medfed.server.link.child import Orders
@@ -31,16 +33,24 @@ class ChildTask:
 
     task: str
     config_path: Path
+    frame_bytes: int = FRAMES_LIMIT_BYTES
+    """Longest frame of a hospital: it follows from the study."""
 
 
 def serve(
-    settings: LinkSettings, node_keys: Sequence[bytes], work: ChildTask, seams: Seams, stop: threading.Event
+    settings: LinkSettings,
+    node_keys: Sequence[bytes],
+    work: ChildTask,
+    seams: Seams,
+    stop: threading.Event,
+    tell: Tell = lambda is_serving: None,
 ) -> int:
     """Run ``work`` against the hospitals' nodes; returns the exit status of the command.
 
     ``node_keys``: the hospitals' public node keys in OpenSSH form, by position in the roster, from 0. A child that
     dies of a signal is started again with a new run, five times at most: ``work`` resumes from its own checkpoint.
-    Any other end of the child ends the service with its exit status; ``stop`` ends both (130, resumable).
+    Any other end of the child ends the service with its exit status; ``stop`` ends both (130, resumable). ``tell``
+    hears whether the port is open and the child at work, whenever that changes.
 
     Raises ``EnvironmentFault`` for ports, keys and certificates, ``ConfigError`` for node keys, ``RemoteProtocolError``
     (MF-615) if anything but the hospitals' interface answers on the public port.
@@ -55,7 +65,7 @@ def serve(
         link.open()
         check_guard(seams.network, _own_url(settings.host, link.public_port), f"http://{link.admin}", authority)
         log.info("listening on %s port %d for %d hospitals", settings.host, link.public_port, len(node_ids))
-        return _run_until_done(link, node_ids, work, seams.clock, stop)
+        return _run_until_done(link, node_ids, work, seams.clock, stop, tell)
     finally:
         link.close()
 
@@ -66,13 +76,13 @@ def _own_url(host: str, port: int) -> str:
 
 
 def _run_until_done(
-    link: SuperLink, node_ids: dict[int, int], work: ChildTask, clock: Clock, stop: threading.Event
+    link: SuperLink, node_ids: dict[int, int], work: ChildTask, clock: Clock, stop: threading.Event, tell: Tell
 ) -> int:
     for _ in range(RESTARTS_AT_MOST + 1):
         run_id = link.start_run()
         try:
             token = _claim(link, clock, stop)
-            status = _execute(link, _orders(link, token, node_ids, work), clock, stop) if token else None
+            status = _execute(link, _orders(link, token, node_ids, work), clock, stop, tell) if token else None
         finally:
             link.stop_run(run_id)
         if stop.is_set():
@@ -100,10 +110,11 @@ def _orders(link: SuperLink, token: str, node_ids: dict[int, int], work: ChildTa
         node_ids={str(position): node_id for position, node_id in node_ids.items()},
         task=work.task,
         config_path=str(work.config_path),
+        frame_bytes=work.frame_bytes,
     )
 
 
-def _execute(link: SuperLink, orders: Orders, clock: Clock, stop: threading.Event) -> int:
+def _execute(link: SuperLink, orders: Orders, clock: Clock, stop: threading.Event, tell: Tell) -> int:
     """Run one child to its end; a negative status is the signal that killed it."""
     # -P: the current folder is no place to import from
     command = [sys.executable, "-P", "-m", "medfed.server.link.child"]
@@ -112,6 +123,7 @@ def _execute(link: SuperLink, orders: Orders, clock: Clock, stop: threading.Even
         if child.stdin is not None:
             child.stdin.write(orders.model_dump_json().encode() + b"\n")
             child.stdin.flush()
+        tell(True)
         while child.poll() is None and not stop.is_set():
             if not link.is_alive:
                 raise EnvironmentFault(614, "the server's port was closed", "start again")
@@ -119,6 +131,7 @@ def _execute(link: SuperLink, orders: Orders, clock: Clock, stop: threading.Even
     except BrokenPipeError:
         log.debug("the training process ended before it was told what to do")
     finally:
+        tell(False)
         status = _end(child)
     return status
 

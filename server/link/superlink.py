@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import hashlib
 import hmac
 import socket
@@ -43,12 +44,16 @@ from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 
 from medfed.errors import ConfigError, EnvironmentFault
-from medfed.seams import Seams
-from medfed.server.link.guard import FleetOnly
+from medfed.flower_pieces import BODY_LIMIT_BYTES
+from medfed.seams import Scratch, Seams
+from medfed.server.link.guard import FleetOnly, WholeBody
+from medfed.server.link.spool import SpoolingStore
 
 hush()
 
 LOOPBACK = "127.0.0.1"
+ADMIN_BODY_BYTES = 64 << 20
+"""Largest request of our own child: one piece of a frame, or the names of all pieces for all hospitals."""
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 """TLS 1.2; version 1.3 has its own list."""
 
@@ -75,8 +80,10 @@ class LinkSettings:
     certificate: Path
     key: Path
     certificate_authority: Path
-    limit_bytes: int = 256 << 20
-    """Largest request body of a hospital; an upload is 4 bytes a model parameter and a little."""
+    limit_bytes: int = BODY_LIMIT_BYTES
+    """Largest request body of a hospital: one piece of a frame."""
+    stored_bytes: int = 1 << 36
+    """What objects in transit may take on disk, in the certificate's folder."""
 
 
 class _TokenPlugin(NoOpControlAuthnPlugin):  # type: ignore[misc]
@@ -127,6 +134,7 @@ class SuperLink:
         self._seams = seams
         self._servers: list[tuple[_Server, threading.Thread]] = []
         self._clients: list[ControlHttpClient | RuntimeHttpClient] = []
+        self._scratch: Scratch | None = None
         self.public_port = 0
         self.admin = ""
         """``host:port`` of the administrative port."""
@@ -139,10 +147,18 @@ class SuperLink:
         admin_port = listener.getsockname()[1]
         self.admin = f"{LOOPBACK}:{admin_port}"
         self._app = create_app(_flower_config(token, secret, admin_port), SuperLinkLifespan)
+        scratch = self._scratch = self._seams.files.scratch(self._settings.certificate.parent)
+        state = self._app.state.linkstate_factory.state()
+        state._object_store = SpoolingStore(scratch, self._settings.stored_bytes)
         # this server owns the application's lifespan, so it is the first to start and the last to stop
         self._run(
             uvicorn.Config(
-                self._app, lifespan="on", ws="none", access_log=False, log_config=None, timeout_graceful_shutdown=1
+                WholeBody(self._app, ADMIN_BODY_BYTES),
+                lifespan="on",
+                ws="none",
+                access_log=False,
+                log_config=None,
+                timeout_graceful_shutdown=1,
             ),
             listener,
         )
@@ -156,6 +172,8 @@ class SuperLink:
 
     def open(self) -> None:
         """Open the public port, once all nodes are registered: a node that comes earlier would be refused. MF-614."""
+        gc.collect()
+        gc.freeze()  # what is here now stays: the collections to come (spool.py) need not look at it
         listener = _listen(self._settings.host, self._settings.port)
         self.public_port = listener.getsockname()[1]
         self._run(self._public_config(), listener)
@@ -238,6 +256,9 @@ class SuperLink:
             server.should_exit = True
             thread.join(5)
         self._servers.clear()
+        if self._scratch is not None:
+            self._scratch.close()
+            self._scratch = None
 
 
 def _listen(host: str, port: int) -> socket.socket:

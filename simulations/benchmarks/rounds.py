@@ -1,6 +1,6 @@
 """What a round costs beyond training: over TLS between processes, and over the in-process grid as the baseline.
 
-``python -m medfed.simulations.benchmarks.rounds --hospitals 4 --rounds 20 --repeats 3 --json``
+``python -m medfed.simulations.benchmarks rounds --hospitals 4 --rounds 20 --repeats 3 --json``
 
 The two alternate in one run. ``overhead_s``: wall time of a round at the coordinator minus the slowest hospital's training.
 The first round of a federation (first connections) is given apart.
@@ -8,19 +8,14 @@ The first round of a federation (first connections) is given apart.
 
 from __future__ import annotations
 
-import argparse
-import platform
 import statistics
-import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from medfed.command import say, say_json
 from medfed.seams import Seams, system_seams
 from medfed.server.daemon import load_assignment, run_folder
-from medfed.server.results import versions
 from medfed.server.setup import CONFIG_NAME, load_office
 from medfed.server.store import Checkpoint, Store
 from medfed.simulations.cohorts import load_cohort
@@ -54,7 +49,9 @@ def measure_processes(folder: Path, hospitals: int, plan: Rehearsal, seams: Seam
         wait_for_coordinator(processes, seams, folder)
     office = load_office(seams, folder / "coordinator" / CONFIG_NAME)
     assignment = load_assignment(office)
-    checkpoint = Store(seams.files, run_folder(office, assignment), assignment.plan.words).load_checkpoint()
+    checkpoint = Store(
+        seams.files, run_folder(office, assignment), assignment.study, assignment.plan.words
+    ).load_checkpoint()
     if checkpoint is None:
         raise RuntimeError("the coordinator left no checkpoint")
     return _sample(checkpoint, slowest_training(sites, assignment.study))
@@ -86,32 +83,8 @@ def run(hospitals: int, rounds: int, repeats: int) -> dict[str, object]:
             with tempfile.TemporaryDirectory() as folder:
                 samples[name].append(measure(Path(folder), hospitals, plan, seams))
     return {
-        "benchmark": "rounds",
         "hospitals": hospitals,
         "rounds": rounds,
         "repeats": repeats,
         **{name: _summary(taken) for name, taken in samples.items()},
-        "machine": f"{platform.machine()}, {platform.python_implementation()} {platform.python_version()}",
-        "versions": versions(),
     }
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the figures."""
-    parser = argparse.ArgumentParser(description="overhead of a round")
-    parser.add_argument("--hospitals", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args(argv)
-    result = run(arguments.hospitals, arguments.rounds, arguments.repeats)
-    if arguments.json:
-        say_json(result)
-    else:
-        for key, value in result.items():
-            say(f"{key}: {value}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

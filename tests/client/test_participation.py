@@ -92,7 +92,7 @@ class Desk:
         plan, cohort = self.it.plan, self.it.study.cohort
         roster = self.it.roster
         return AggregatorConfig(
-            self.world.study_hash, roster.hash(), roster.identities, cohort.colluders, plan.words, plan.ring_bits
+            self.world.study_hash, roster.hash(), roster.identities, cohort.colluders, plan.ring_words, plan.ring_bits
         )
 
     def set_up(self, session: bytes | None = None) -> None:

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from medfed.client.trainer import Patients, gradient_sum, number_patients
+from medfed.client.compute import Compute
+from medfed.client.trainer import Patients, gradient_sum, number_patients, warm_up
 from medfed.models.catalogue import build
+from medfed.models.parameters import assign, flatten
 from medfed.models.records import Records
 from medfed.privacy.sampling import poisson_mask
 from medfed.study import Study
@@ -163,3 +165,105 @@ def test_ids_that_differ_are_different_patients(make_study: MakeStudy) -> None:
     ids = ("1", "01", "a", "A", "a b", "ab", "\u00e9", "e\u0301")
     data = Records(np.zeros((8, 3), np.float32), np.zeros(8, np.int64), ids)
     assert number_patients(make_study(), data).count == 8
+
+
+# --------------------------------------------------------------------------------------------------------- deep models
+
+IMAGE = {"column": "file", "height": 8, "width": 9, "center": 0.5, "scale": 0.25}
+TEXT = {"column": "note", "tokens": "bytes", "buckets": 256, "length": 8}
+SERIES_VARIABLE = {"name": "pulse", "unit": "1/min", "center": 80.0, "scale": 20.0, "outside": "clip"}
+SERIES = {
+    "steps": 6,
+    "step_hours": 1.0,
+    "fill": "center",
+    "variables": [{**SERIES_VARIABLE, "minimum": 0.0, "maximum": 300.0}],
+}
+CNN = {"name": "cnn", "channels": [4, 8], "groups": 2, "first_stride": 1, "head": "mean"}
+LSTM = {"name": "lstm", "hidden_size": 5, "layers": 1, "summaries": True}
+TRANSFORMER = {"name": "transformer", "embedding_size": 8, "heads": 2, "layers": 1, "feedforward_size": 8}
+DEEP = {
+    "cnn": ({"features": [], "image": IMAGE}, CNN),
+    "lstm": ({"features": [], "series": SERIES}, LSTM),
+    "transformer": ({"features": [], "text": TEXT}, TRANSFORMER),
+}
+
+
+def deep_study(make_study: MakeStudy, name: str) -> Study:
+    data, model = DEEP[name]
+    plain = make_study(ALL).model_dump()
+    changed = {**plain["data"], **data}
+    return Study.model_validate({**plain, "data": changed, "model": {**model, "first_model_sha256": "ab" * 32}})
+
+
+def deep_records(study: Study, ids: list[str]) -> Records:
+    rng = np.random.default_rng(5)
+    shape = (len(ids), *study.data.shape)
+    inputs = rng.integers(1, 257, shape) if study.data.kind == "text" else rng.normal(size=shape).astype(np.float32)
+    return Records(inputs, rng.integers(0, 2, len(ids)), tuple(ids))
+
+
+def begun(study: Study) -> tuple[torch.nn.Module, NDArray[np.float32]]:
+    torch.manual_seed(0)
+    model = build(study)
+    weights = flatten(model)
+    return model, weights + 0.2 * np.random.default_rng(1).normal(size=len(weights)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_deep_sum_equals_a_float64_loop_over_records(name: str, make_study: MakeStudy) -> None:
+    study = deep_study(make_study, name)
+    ids = ["a", "b", "a", "c", "a", "d", "b"]
+    data = deep_records(study, ids)
+    model, weights = begun(study)
+    ours = gradient_sum(study, model, weights, number_patients(study, data), sampling_key=key(0))
+    double = build(study).double()
+    assign(double, weights)
+    inputs = torch.from_numpy(data.inputs)
+    inputs = inputs if name == "transformer" else inputs.double()
+    expected = np.zeros(len(weights))
+    for patient in sorted(set(ids)):
+        rows = [row for row, each in enumerate(ids) if each == patient]
+        mean = np.zeros(len(weights))
+        for row in rows:
+            logit = double(inputs[row : row + 1])[0, 0]
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(
+                logit, torch.tensor(float(data.labels[row])).double()
+            )
+            parts = torch.autograd.grad(loss, list(double.parameters()))
+            mean += np.concatenate([part.flatten().numpy() for part in parts]) / len(rows)
+        expected += mean * min(1.0, study.privacy.clipping_norm / (1 + 1e-4) / np.linalg.norm(mean))
+    assert np.linalg.norm(ours - expected) < 1e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_a_batch_is_tried_out_once_and_kept(name: str, make_study: MakeStudy, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "medfed.client")
+    study, compute = deep_study(make_study, name), Compute()
+    model, weights = begun(study)
+    warm_up(study, model, compute)
+    (batch,) = compute.batches.values()
+    assert caplog.messages == [f"sepsis: physical batches of {batch} records on cpu"]
+    patients = number_patients(study, deep_records(study, ["a", "b"]))
+    kept = gradient_sum(study, model, weights, patients, sampling_key=key(0), compute=compute)
+    assert len(caplog.messages) == 1
+    assert np.array_equal(kept, gradient_sum(study, model, weights, patients, sampling_key=key(0)))
+
+
+def test_sum_that_fails_on_the_gpu_is_that_of_the_processor(
+    make_study: MakeStudy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Torch's device without memory stands for one whose memory is out: the step is begun there and fails on the way."""
+    study = deep_study(make_study, "cnn")
+    model, weights = begun(study)
+    patients = number_patients(study, deep_records(study, ["a", "b", "c"]))
+    gone = Compute(torch.device("meta"))
+    ours = gradient_sum(study, model, weights, patients, sampling_key=key(0), compute=gone)
+    assert np.array_equal(ours, gradient_sum(study, model, weights, patients, sampling_key=key(0)))
+    assert caplog.messages[0].startswith("meta fails (")
+    assert caplog.messages[0].endswith("): this step runs on the processor")
+
+
+def test_tables_need_no_batch(make_study: MakeStudy) -> None:
+    study, compute = make_study(ALL), Compute()
+    warm_up(study, build(study), compute)
+    assert compute.batches == {}

@@ -153,7 +153,7 @@ def run_grid(monkeypatch, local):
     runtime = FakeRuntime()
     monkeypatch.setattr(RunGrid, "_runtime_client", runtime)
     monkeypatch.setattr(RunGrid, "run", SimpleNamespace(run_id=1))
-    return RunGrid("127.0.0.1:1", "token"), runtime
+    return RunGrid("127.0.0.1:1", "token", frame_bytes=1 << 20), runtime
 
 
 def ours(data: bytes) -> Message:

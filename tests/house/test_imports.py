@@ -32,7 +32,14 @@ DOORS = {
 
 # package -> files or folders that may import it
 LIBRARIES = {
-    "flwr": ("client/node.py", "server/link/", "simulations/"),
+    "flwr": (
+        "client/node.py",
+        "client/supernode.py",
+        "server/link/",
+        "simulations/",
+        "medfed/flower_pieces.py",  # for the first and the third
+    ),
+    "ray": ("simulations/backends/",),
     "cryptography": (
         "privacy/",
         "medfed/identity.py",
@@ -43,10 +50,13 @@ LIBRARIES = {
     "opacus": ("privacy/gradients/",),
     "dp_accounting": ("privacy/",),
     "sqlite3": ("medfed/seams.py", "client/ledger/"),
-    "httpx": ("medfed/seams.py", "client/", "server/link/"),
+    "httpx": ("medfed/seams.py", "client/", "server/link/", "simulations/fetch.py"),
     "sklearn": ("simulations/",),
     "matplotlib": ("simulations/",),
+    "PIL": ("client/sources/", "simulations/"),
     "torch": ("models/", "privacy/gradients/", "client/", "simulations/"),
+    "grpc": ("medfed/rpc.py", "client/control.py", "client/bridge.py"),
+    "grpc_health": ("medfed/health.py",),
     "rich": ("medfed/progress.py", "simulations/"),
 }
 
@@ -183,6 +193,8 @@ SIMULATIONS = "simulations/"  # plays with what production may not touch; it is 
 ALLOWED = {
     ("medfed/command.py", "os.open"): "a closed pipe's descriptor is pointed at the null device while the process ends",
     ("medfed/flower.py", "os.environ"): "switches Flower's telemetry off before its import",
+    ("medfed/rpc.py", "os.environ"): "tells gRPC, which reads nothing else, to keep its lines off standard error",
+    ("client/compute.py", "os.environ"): "tells cuBLAS, which reads nothing else, to add up in one order",
     ("client/channel.py", "socket"): "names the error of a failed name look-up; opens nothing",
     ("server/link/superlink.py", "socket"): "asks for free loopback ports, as Flower's server wants numbers",
     ("server/link/serve.py", "os.environ"): "hands the parent's environment on to the training child",
@@ -330,6 +342,9 @@ HEAVY = (
     "matplotlib",
     "pydantic",
     "cryptography",
+    "grpc",
+    "grpc_health",
+    "ray",
 )
 _PROGRAM = """
 import contextlib, io, json, sys

@@ -109,7 +109,7 @@ def test_installed_wheel_is_imported_from_where_it_lies(wheel: zipfile.ZipFile, 
     assert done.returncode == 0, done.stderr
     where, templates = done.stdout.splitlines()
     assert where == str(tmp_path / "medfed" / "__init__.py")
-    assert templates == "['breast-cancer', 'example', 'heart-disease']"
+    assert templates == "['breast-cancer', 'example', 'example-update', 'heart-disease']"
 
 
 def test_what_the_tests_need_is_pinned() -> None:
@@ -124,6 +124,8 @@ def test_what_the_tests_need_is_pinned() -> None:
         *project["dependencies"],
         *(name for extra in project["optional-dependencies"].values() for name in extra),
     ]
-    named = {text.split(";")[0].split(">")[0].split("=")[0].split("<")[0].strip().lower() for text in wanted}
+    named = {
+        text.split(";")[0].split("[")[0].split(">")[0].split("=")[0].split("<")[0].strip().lower() for text in wanted
+    }
     assert named - pinned == set()
     assert "setuptools" in named

@@ -96,7 +96,7 @@ def test_same_weights_give_the_same_file() -> None:
 
 
 def test_file_of_another_model_is_refused() -> None:
-    for other in (mlp(3, 2, [5]), mlp(4, 2, [4]), logistic_regression(3, 2, [])):
+    for other in (mlp(3, 2, [5]), mlp(4, 2, [4]), logistic_regression(3, 2)):
         refused(152, to_safetensors(other, flatten(other)))
 
 

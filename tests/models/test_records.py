@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medfed.errors import DataError
-from medfed.models.records import MISSING, Records, encode_records
+from medfed.models.cells import MISSING
+from medfed.models.records import Records, encode_records
 from medfed.study import Study
 
 MakeStudy = Callable[..., Study]

@@ -11,7 +11,7 @@ from sklearn import metrics
 from torch import nn
 
 from medfed.models.records import Records
-from medfed.models.tasks import auc, evaluate, losses, probabilities
+from medfed.models.tasks import auc, evaluate, f1_macro, losses, probabilities
 from medfed.study import Task
 
 BINARY = Task(kind="binary", label="y", classes=2)
@@ -93,6 +93,39 @@ def test_probabilities_sum_to_one_and_switch_training_off() -> None:
     assert binary[:, 1] == pytest.approx(1 / (1 + np.exp(-inputs[:, 0].astype(np.float64))))
 
 
+class Counting(nn.Module):
+    """Counts the records of each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[int] = []
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.calls.append(len(inputs))
+        return inputs.flatten(1)[:, :1]
+
+
+def test_probabilities_take_a_bounded_number_of_values_at_a_time() -> None:
+    images = np.random.default_rng(2).normal(size=(900, 1, 28, 28)).astype(np.float32)
+    model = Counting()
+    chances = probabilities(model, BINARY, images)
+    assert sum(model.calls) == 900
+    assert max(model.calls) * 28 * 28 <= 1 << 17
+    assert np.array_equal(chances, probabilities(Fixed(), BINARY, images[:, 0, 0, :1]))
+    # a record larger than the bound is taken on its own
+    model = Counting()
+    probabilities(model, BINARY, np.zeros((3, 1, 600, 600), np.float32))
+    assert model.calls == [1, 1, 1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30))
+def test_f1_macro_equals_scikit_learn_absent_classes_included(rows: list[tuple[int, int]]) -> None:
+    labels, predicted = (np.array(column, np.int64) for column in zip(*rows, strict=True))
+    expected = metrics.f1_score(labels, predicted, average="macro")
+    assert f1_macro(labels, predicted) == pytest.approx(expected, abs=1e-12)
+
+
 def records(inputs: np.ndarray, labels: list[int]) -> Records:
     return Records(inputs.astype(np.float32), np.array(labels, np.int64), tuple(str(n) for n in range(len(labels))))
 
@@ -106,6 +139,7 @@ def test_metrics_equal_scikit_learn() -> None:
     expected = metrics.roc_auc_score(labels, chances / chances.sum(1, keepdims=True), multi_class="ovr")
     assert scores["auc"] == pytest.approx(expected, abs=1e-12)
     assert scores["accuracy"] == pytest.approx(metrics.accuracy_score(labels, chances.argmax(1)))
+    assert scores["f1_macro"] == pytest.approx(metrics.f1_score(labels, chances.argmax(1), average="macro"))
 
 
 def test_metrics_of_a_set_with_one_class_or_none() -> None:
@@ -114,4 +148,5 @@ def test_metrics_of_a_set_with_one_class_or_none() -> None:
     assert evaluate(Fixed(), BINARY, records(np.zeros((0, 1)), [])) == {"auc": None, "accuracy": None}
     # a class that does not occur is left out of the mean
     two = evaluate(Fixed(), THREE, records(np.eye(3)[[0, 1]], [0, 1]))
-    assert two == {"auc": 1.0, "accuracy": 1.0}
+    assert two == {"auc": 1.0, "accuracy": 1.0, "f1_macro": 1.0}
+    assert evaluate(Fixed(), THREE, records(np.zeros((0, 3)), [])) == {"auc": None, "accuracy": None, "f1_macro": None}

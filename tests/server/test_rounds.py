@@ -119,7 +119,7 @@ class Coordinator:
 
     def start(self) -> Rounds:
         world = self.world
-        store = Store(world.base.files, world.run_folder, world.assignment.plan.words)
+        store = Store(world.base.files, world.run_folder, world.study, world.assignment.plan.words)
         self.rounds = Rounds(world.assignment, self.post, store, world.seams_of("coordinator"), self._told)
         return self.rounds
 
@@ -216,12 +216,16 @@ def test_model_is_the_exact_sum_of_the_noised_vectors(make_world) -> None:
     without = Coordinator(world, Post(world))
     totals: list[NDArray[np.int64]] = []
     read = world.assignment.plan.read_total
-    without.observe = lambda checkpoint, what: totals.append(read(checkpoint.total)) if what == "round 1 done" else None
+    without.observe = lambda checkpoint, what: (
+        totals.append(read(checkpoint.total).copy()) if what == "round 1 done" else None
+    )
     without.run()
     other = make_world()
     other.start_all(known)
     again = Coordinator(other, Post(other))
-    again.observe = lambda checkpoint, what: totals.append(read(checkpoint.total)) if what == "round 1 done" else None
+    again.observe = lambda checkpoint, what: (
+        totals.append(read(checkpoint.total).copy()) if what == "round 1 done" else None
+    )
     again.run()
     assert (totals[1] - totals[0]).tolist() == sum(vectors[:4]).tolist()
 
@@ -292,7 +296,7 @@ def test_bad_connection_costs_time_and_nothing_else(make_world, undisturbed: dic
     post = BadPost(world, seed)
     checkpoint = Coordinator(world, post).run()
     check_end(world, checkpoint)
-    assert checkpoint.state.weights.tobytes() == undisturbed["end"][12 : 12 + 8 * checkpoint.state.weights.size]
+    assert checkpoint.state.weights.tobytes() == undisturbed["end"][13 : 13 + 4 * checkpoint.state.weights.size]
     assert post.lost + post.doubled > 5
 
 
@@ -630,8 +634,9 @@ def test_state_with_too_few_signatures_ends_the_run_with_a_reason(started) -> No
 # ------------------------------------------------------------------------------------------------------------ forgery
 
 
-def flipped(frame: bytes, at: int) -> bytes:
-    return frame[:at] + bytes([frame[at] ^ 1]) + frame[at + 1 :]
+def flipped(frame: bytes | memoryview, at: int) -> bytes:
+    data = bytes(frame)
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
 FORGERIES: dict[str, Callable[[object, Message, bytes], list[bytes]]] = {
@@ -703,7 +708,7 @@ def test_second_upload_with_other_bytes_is_an_alarm_and_the_first_counts(
         words[0] ^= 1
         context = coordinator.rounds._aggregator._state.context
         signed = upload_signature_input(context, 1, hashlib.sha256(words).digest())
-        payload = upload.payload[:HEADER_BYTES] + bytes(words) + identity.sign(signed)
+        payload = bytes(upload.payload[:HEADER_BYTES]) + bytes(words) + identity.sign(signed)
         return [reply, encode(replace(upload, payload=payload), identity)]
 
     def note(checkpoint: Checkpoint, what: str) -> None:
@@ -1008,3 +1013,47 @@ def test_log_names_hospitals_and_reasons(started, caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.INFO, "medfed.server"):
         Coordinator(started, Post(started)).run()
     assert "attempt 2 is lost: Celle: INTERNAL" in caplog.text
+
+
+# -------------------------------------------------------------------------------------------- statistics, local steps
+
+STATISTICS = ("[training]", "[statistics]\nnoise_multiplier = 6.0\nattempts = 2\nleast_scale = 0.01\n[training]")
+UPDATE = ('aggregate = "gradient"', 'aggregate = "update"\nlocal = { steps = 3, learning_rate = 0.5, proximal = 0.0 }')
+
+
+def check_four(world, checkpoint: Checkpoint, attempts: int) -> None:
+    """The statistics and three rounds: one model for all, nobody charged for more than was tried."""
+    assert (checkpoint.state.completed_rounds, checkpoint.last_attempt) == (4, attempts)
+    assert [record.round for record in checkpoint.records] == [1, 2, 3, 4]
+    models = {(world.place(position) / "model.safetensors").read_bytes() for position in EVERYBODY}
+    assert len(models) == 1
+    released = released_weights(checkpoint.state, world.study)
+    assert np.isfinite(released).all()
+    assert all(world.charged(position) <= attempts for position in EVERYBODY)
+
+
+@pytest.mark.parametrize("changes", [(STATISTICS,), (STATISTICS, UPDATE)], ids=["gradient", "update"])
+def test_run_with_statistics_ends_and_survives_both_sides(make_world, changes) -> None:
+    """A hospital dies at its first noise, another forgets its state, the coordinator dies after the statistics."""
+    world = make_world(*changes)
+    world.start_all()
+    world.start(2, dying_noise(1, EnvironmentFault(630, "out of memory", "free some")))
+    coordinator = Coordinator(world, DeadlyPost(world, 5 * 5, before=False))
+    with pytest.raises(Killed):
+        coordinator.run()
+    world.kill(1)
+    (world.place(1) / "state.bin").unlink()
+    world.start(1)
+    coordinator.start()
+    checkpoint = coordinator.run()
+    check_four(world, checkpoint, checkpoint.last_attempt)
+    assert 5 <= checkpoint.last_attempt <= 6
+
+
+def test_statistics_whose_attempts_are_all_lost_end_the_run(make_world) -> None:
+    """No training attempt is spent on them, although seven are left."""
+    world = make_world(STATISTICS)
+    world.start_all()
+    world.start(2, always(EnvironmentFault(630, "out of memory", "free some"), 1))
+    stops(Coordinator(world, Post(world)), 190)
+    assert [world.charged(position) for position in EVERYBODY] == [2, 2, 2, 2]

@@ -215,7 +215,7 @@ class Federation:
         assignment = load_assignment(load_office(self.calm, self.folder / "coordinator" / "server.toml"))
         for deaths in range(3):
             with contextlib.suppress(Killed):
-                store = Store(seams.files, self.folder / "run", assignment.plan.words)
+                store = Store(seams.files, self.folder / "run", assignment.study, assignment.plan.words)
                 self.checkpoint = Rounds(assignment, wires, store, seams, lambda checkpoint, what: None).run()
                 return deaths
         raise AssertionError("the coordinator died more often than its fuse allows")

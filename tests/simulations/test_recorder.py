@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from medfed.client import participation
+from medfed.client import local_steps, participation
 from medfed.client.daemon import open_hospital
 from medfed.privacy.noise import discrete_gaussian
 from medfed.privacy.secagg import masks
@@ -68,25 +68,26 @@ def _recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[R
     cohort = load_cohort(seams.files, "breast-cancer", 1, 4)
     plan = Rehearsal(epsilon=1.0, mode="distributed", rounds=ROUNDS, model="mlp", seed=7)
     sites = lay_out(folder, cohort, plan, seams)
-    true_quantize = participation.quantize
+    true_quantize = local_steps.quantize
     true_mask = participation.Party.mask
     with contextlib.ExitStack() as stack:
         hospitals = [stack.enter_context(open_hospital(site, discrete_gaussian)) for site in sites]
         recorder = Recorder([hospital.handle for hospital in hospitals])
 
         def quantize(vector: NDArray[np.float64], exponent: int, bound: int) -> NDArray[np.int64]:
-            recorder.clipped.append(true_quantize(vector, exponent, bound))
-            return recorder.clipped[-1]
+            words = true_quantize(vector, exponent, bound)
+            recorder.clipped.append(words.copy())  # the noise is added in place
+            return words
 
         def mask(party: participation.Party, vector: NDArray[np.int64]) -> object:
             recorder.noised.append(vector.copy())
             return true_mask(party, vector)
 
-        monkeypatch.setattr(participation, "quantize", quantize)
+        monkeypatch.setattr(local_steps, "quantize", quantize)
         monkeypatch.setattr(participation.Party, "mask", mask)
         office = load_office(seams, folder / "coordinator" / "server.toml")
         assignment = load_assignment(office)
-        store = Store(seams.files, folder / "run", assignment.plan.words)
+        store = Store(seams.files, folder / "run", assignment.study, assignment.plan.words)
         yield recorder, Rounds(assignment, recorder, store, seams, lambda checkpoint, what: None).run()
 
 

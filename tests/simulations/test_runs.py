@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+import medfed.client.local_steps
 import medfed.client.participation
 import medfed.server.mail
 import medfed.simulations.federation
@@ -18,6 +19,7 @@ from medfed.errors import ConfigError, DataError, EnvironmentFault
 from medfed.seams import system_seams
 from medfed.simulations import Rehearsal, load_cohort, plots, simulate
 from medfed.simulations.cli import main
+from medfed.simulations.cohorts import COHORTS
 from medfed.simulations.evaluation import evaluate_run
 from medfed.simulations.outcome import score_cohort
 from medfed.simulations.quiet import quiet_parties
@@ -253,7 +255,7 @@ def test_run_whose_hospital_fails_says_why_and_leaves_nothing(fault, tmp_path, m
     def spoiled(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(medfed.client.participation, "gradient_sum", spoiled)
+    monkeypatch.setattr(medfed.client.local_steps, "gradient_sum", spoiled)
     monkeypatch.setattr(medfed.server.mail, "RETRY_S", 0.01)
     assert main([*SHORT, "--out", str(tmp_path / "run")]) != 0
     lines = capsys.readouterr().err.splitlines()
@@ -324,9 +326,9 @@ def test_federation_result_scores_the_model_that_the_coordinator_left(finished):
 def test_cohorts_are_listed_with_source_and_licence(capsys):
     assert main(["cohorts"]) == 0
     said = capsys.readouterr().out
-    assert said.count("CC BY 4.0") == 2
-    assert main(["cohorts", "--json"]) == 0
-    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["breast-cancer", "heart-disease"]
+    assert said.count("CC BY 4.0") == 3
+    assert said.count("source and licence: ") == len(COHORTS)
+    assert "CC BY-SA 3.0" in said
 
 
 def test_federation_gets_its_arguments(tmp_path, monkeypatch):

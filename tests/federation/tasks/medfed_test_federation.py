@@ -82,7 +82,7 @@ class Place:
         }
         return LinkSettings(**values | changes)
 
-    def serve(self, task: str, seams: Seams | None = None, **config) -> Running:
+    def serve(self, task: str, seams: Seams | None = None, tell=lambda is_serving: None, **config) -> Running:
         """Start a coordinator whose child runs ``task`` of medfed_test_tasks."""
         from medfed.server.link.serve import ChildTask, serve
 
@@ -90,9 +90,13 @@ class Place:
         path.write_text(json.dumps(config))
         running = Running()
         work = ChildTask(f"medfed_test_tasks:{task}", path)
-        return running.start(lambda: serve(self.settings(), self.public_keys, work, seams or self.seams, running.stop))
+        return running.start(
+            lambda: serve(self.settings(), self.public_keys, work, seams or self.seams, running.stop, tell)
+        )
 
-    def node(self, position: int, handle=lambda data: data, seams: Seams | None = None, **changes) -> Running:
+    def node(
+        self, position: int, handle=lambda data: data, seams: Seams | None = None, connection=None, **changes
+    ) -> Running:
         """Start a hospital's node."""
         from medfed.client.node import Node, NodeSettings
 
@@ -101,7 +105,7 @@ class Place:
             "certificate_authority": self.certificates.authority,
             "node_key": self.folder / f"node{position}",
         }
-        node = Node(NodeSettings(**values | changes), handle, seams or self.seams)
+        node = Node(NodeSettings(**values | changes), handle, seams or self.seams, connection)
         running = Running()
         return running.start(lambda: node.run_forever(running.stop))
 

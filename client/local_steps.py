@@ -1,0 +1,85 @@
+"""What a hospital computes in one attempt, at its own patients: noised sums, and the update that local steps make of them.
+
+Of the patients nothing but noised sums is ever used: an update is made of such sums and of public numbers, so it needs no
+more noise, however it is weighted, rounded or saturated on its way out.
+
+*Source* FedAvg (McMahan et al. 2017, arXiv:1602.05629) with private steps at the hospital; FedProx's pull back to the round's
+first weights (Li et al. 2020, arXiv:1812.06127).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medfed.client.approved import Approved
+from medfed.client.trainer import gradient_sum
+from medfed.errors import LocalProtocolError
+from medfed.privacy.quantize import BLOCK, dequantize, quantize
+from medfed.seams import Entropy
+from medfed.study import LocalSteps
+
+# (key of 32 fresh bytes, standard deviation in grid units, size) -> int64[size]
+Noise = Callable[[bytes, float, int], NDArray[np.int64]]
+# (study and patients, the round's weights float32[d], where keys come from, the noise) -> the update float64[d]
+LocalUpdate = Callable[[Approved, NDArray[np.float32], Entropy, Noise], NDArray[np.float64]]
+
+
+def noised_sum(approved: Approved, weights: NDArray[np.float32], entropy: Entropy, noise: Noise) -> NDArray[np.int64]:
+    """Clipped sum at ``weights`` -> saturated integers + fresh integer noise, never clipped again: int64[d], in units of
+    2^-noise_exponent. One privacy event: sampling and noise are drawn anew at every call."""
+    plan = approved.plan
+    total = gradient_sum(
+        approved.study,
+        approved.model,
+        weights,
+        approved.patients,
+        sampling_key=entropy.draw("sampling", 64),
+        compute=approved.compute,
+    )
+    integers = quantize(total, plan.noise_exponent, plan.noise_limit)
+    integers += noise(entropy.draw("noise", 32), plan.noise_sd, plan.words)
+    return integers
+
+
+def private_update(
+    approved: Approved, weights: NDArray[np.float32], entropy: Entropy, noise: Noise
+) -> NDArray[np.float64]:
+    """The way from ``weights`` through the study's local steps: float64[d]. As many privacy events as steps.
+
+    A step's gradient is the noised sum over the patients expected in it, this hospital's declared number times the sampling
+    rate: public, whatever the true number is. Arithmetic need not repeat elsewhere: nobody else does these steps.
+    """
+    local = local_steps(approved)
+    expected = approved.study.privacy.sampling_rate * approved.nominal_patients
+    start = weights.astype(np.float64)
+    at = start.copy()
+    for _ in range(local.steps):
+        integers = noised_sum(approved, at.astype(np.float32), entropy, noise)
+        gradient = dequantize(integers, approved.plan.noise_exponent) / expected
+        if local.proximal:
+            gradient += local.proximal * (at - start)
+        at -= local.learning_rate * gradient
+    return at - start
+
+
+def local_steps(approved: Approved) -> LocalSteps:
+    """The study's local steps; MF-900 where it has none."""
+    local = approved.study.training.local
+    if local is None:
+        raise LocalProtocolError(900, "a study without local steps", "report this as a fault of medfed")
+    return local
+
+
+def weighted_words(approved: Approved, update: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The update times this hospital's share of all declared patients, on the ring's grid: int64[d]. The sum over the
+    hospitals is then the mean update."""
+    plan = approved.plan
+    share = approved.nominal_patients / approved.roster.nominal_patients
+    words = np.empty(update.size, np.int64)
+    for start in range(0, update.size, BLOCK):
+        part = slice(start, start + BLOCK)
+        words[part] = quantize(update[part] * share, plan.exponent, plan.limit)
+    return words

@@ -1,0 +1,1 @@
+"""What carries messages in a rehearsal: this process, or Flower's own engines. The apps are the same in all."""

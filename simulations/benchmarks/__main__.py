@@ -1,0 +1,75 @@
+"""``python -m medfed.simulations.benchmarks NAME --json``: rounds, federation or simulation."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Sequence
+
+from medfed.command import new_parser, run_command, say, say_json
+from medfed.errors import ExitStatus
+from medfed.seams import system_seams
+from medfed.server.results import versions
+
+
+def _rounds(arguments: argparse.Namespace) -> dict[str, object]:
+    from medfed.simulations.benchmarks import rounds
+
+    return rounds.run(arguments.hospitals, arguments.rounds, arguments.repeats)
+
+
+def _federation(arguments: argparse.Namespace) -> dict[str, object]:
+    from medfed.simulations.benchmarks import federation
+
+    return federation.run(arguments.hospitals, arguments.rounds, arguments.repeats, system_seams())
+
+
+def _simulation(arguments: argparse.Namespace) -> dict[str, object]:
+    from medfed.simulations.benchmarks import simulation
+
+    return simulation.run(arguments.hospitals, arguments.rounds, system_seams())
+
+
+_MEASURES = {"rounds": _rounds, "federation": _federation, "simulation": _simulation}
+
+
+def _measure(arguments: argparse.Namespace) -> int:
+    result = {
+        "benchmark": arguments.command,
+        **_MEASURES[arguments.command](arguments),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.python_implementation()} "
+        f"{platform.python_version()}",
+        "versions": versions(),
+    }
+    if arguments.json:
+        say_json(result)
+    else:
+        for key, value in result.items():
+            say(f"{key}: {value}")
+    return ExitStatus.HANDLED
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the figures of one benchmark."""
+    parser, commands = new_parser("python -m medfed.simulations.benchmarks", "What medfed costs, measured.")
+    rounds = commands.add_parser("rounds", help="a round of a small model: processes over TLS, and in one process")
+    rounds.add_argument("--hospitals", type=int, default=4)
+    rounds.add_argument("--rounds", type=int, default=20)
+    rounds.add_argument("--repeats", type=int, default=3)
+    federation = commands.add_parser("federation", help="without training, small and 40 MB: seconds, MB/s, memory")
+    federation.add_argument("--hospitals", type=int, nargs="+", default=[3, 5, 10])
+    federation.add_argument("--rounds", type=int, default=8)
+    federation.add_argument("--repeats", type=int, default=1)
+    simulation = commands.add_parser("simulation", help="a simulated round over a bare PyTorch loop: processor seconds")
+    simulation.add_argument("--hospitals", type=int, nargs="+", default=[20, 100])
+    simulation.add_argument("--rounds", type=int, default=5)
+    for each in (rounds, federation, simulation):
+        each.add_argument("--json", action="store_true")
+        each.set_defaults(action=_measure)
+    return run_command(parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
