@@ -25,8 +25,8 @@ FIRST_NODE_ID = 2  # 1 is the coordinator
 class LocalGrid(Grid):  # type: ignore[misc]
     """Runs each message on a thread pool and hands on bytes only, as a network would.
 
-    Records are serialized and parsed again in both directions, so that the two sides share no object. One client
-    app a hospital, one message a hospital at a time: the real node handles them in order as well.
+    Records are made anew in both directions, so that the two sides share no object but immutable ones: bytes, text and
+    numbers. One client app a hospital, one message a hospital at a time: the real node handles them in order as well.
     """
 
     def __init__(self, apps: Sequence[ClientApp], workers: int = 2) -> None:
@@ -95,7 +95,14 @@ class LocalGrid(Grid):  # type: ignore[misc]
 
 
 def _copied(content: RecordDict) -> RecordDict:
-    return RecordDict({name: ConfigRecord.inflate(record.deflate()) for name, record in content.items()})
+    """The same in new records; lists, the one kind of value that can change, are copied."""
+    return RecordDict({name: _copied_record(record) for name, record in content.items()})
+
+
+def _copied_record(record: ConfigRecord) -> ConfigRecord:
+    if type(record) is not ConfigRecord:
+        raise TypeError("a record that is no config record")
+    return ConfigRecord({key: list(value) if isinstance(value, list) else value for key, value in record.items()})
 
 
 def _context(message: Message) -> Context:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import platform
 import sys
@@ -36,6 +37,7 @@ _MEASURES = {"rounds": _rounds, "federation": _federation, "simulation": _simula
 
 
 def _measure(arguments: argparse.Namespace) -> int:
+    logging.getLogger("medfed").setLevel(logging.WARNING)
     result = {
         "benchmark": arguments.command,
         **_MEASURES[arguments.command](arguments),

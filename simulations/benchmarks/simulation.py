@@ -54,11 +54,11 @@ class BareLoop:
             parameters.assign(self._model, self._weights)
             self._one_pass(images, labels)
             total += parameters.flatten(self._model)
-        self._weights = total / len(self._images)
+        self._weights = total / np.float32(len(self._images))
 
     def _one_pass(self, images: Tensor, labels: Tensor) -> None:
         optimizer = torch.optim.SGD(self._model.parameters(), lr=RATE)
-        for rows in torch.randperm(IMAGES).split(BATCH):
+        for rows in torch.randperm(IMAGES).reshape(-1, BATCH):
             optimizer.zero_grad()
             loss = functional.binary_cross_entropy_with_logits(self._model(images[rows])[:, 0], labels[rows])
             loss.backward()  # type: ignore[no-untyped-call]

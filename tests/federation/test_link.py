@@ -14,6 +14,7 @@ from medfed_test_federation import TASKS, ConnectProxy, running, until
 
 from medfed.errors import ConfigError, EnvironmentFault, RemoteProtocolError
 from medfed.server.link import superlink
+from medfed.server.link.spool import SpoolingStore
 
 PROTOBUF = {"content-type": "application/protobuf", "accept": "application/protobuf"}
 
@@ -31,11 +32,13 @@ def test_flower_is_the_version_the_adapters_were_read_against():
 
 
 def test_rounds_over_tls_carry_the_bytes(place, monkeypatch):
-    kept = []
+    kept, stores = [], []
     stop_run = superlink.SuperLink.stop_run
 
     def look_and_stop(self, run_id):
-        kept.extend(self._app.state.linkstate_factory.state().object_store.store)
+        store = self._app.state.linkstate_factory.state().object_store
+        stores.append(type(store))
+        kept.extend(store.store)
         stop_run(self, run_id)
 
     monkeypatch.setattr(superlink.SuperLink, "stop_run", look_and_stop)
@@ -51,6 +54,7 @@ def test_rounds_over_tls_carry_the_bytes(place, monkeypatch):
     result = place.result()
     assert result["answers"] == [[[0, f"h0:round {i}"], [1, f"h1:round {i}"]] for i in range(6)]
     assert not result["token_in_argv"]
+    assert stores == [SpoolingStore], "Flower uses the store that it was given"
     assert len(kept) <= 4, "objects of finished messages stay in memory"  # the last replies' may be under way
     assert set(proxy.seen) == {f"CONNECT localhost:{place.port}"}
     assert not (place.folder / "flower-home").exists(), "Flower wrote something"

@@ -1,5 +1,6 @@
 """What the coordinator's child runs in these tests: found through PYTHONPATH, named by reference."""
 
+import hashlib
 import json
 import os
 import signal
@@ -73,3 +74,27 @@ def die_once(exchange: Exchange, config_path: Path) -> None:
         marker.write_text("")
         os.kill(os.getpid(), signal.SIGKILL)
     rounds(exchange, config_path)
+
+
+def long_rounds(exchange: Exchange, config_path: Path) -> None:
+    """As ``rounds``, with long frames; writes the hashes of what came back."""
+    config = json.loads(config_path.read_text())
+    everybody = frozenset(range(config["hospitals"]))
+    until(lambda: exchange.online() == everybody, "hospitals")
+    answers = []
+    for number in range(config["rounds"]):
+        payload = b"round %d" % number + bytes(config["size"])
+        replies = ask(exchange, dict.fromkeys(everybody, payload), timeout_s=60.0)
+        answers.append([[r.position, r.fault or hashlib.sha256(r.payload or b"").hexdigest()] for r in replies])
+    config_path.with_name("result.json").write_text(json.dumps({"answers": answers}))
+
+
+def too_long_then_right(exchange: Exchange, config_path: Path) -> None:
+    """A frame that the node does not take, then one as long as it may be."""
+    size = json.loads(config_path.read_text())["size"]
+    until(lambda: 0 in exchange.online(), "hospital")
+    exchange.send(0, Kind.QUERY, bytes(size), 20.0)
+    exchange.receive()
+    (reply,) = ask(exchange, {0: bytes(size - size // 3)}, timeout_s=60.0)
+    answer = reply.fault or (reply.payload or b"").decode()
+    config_path.with_name("result.json").write_text(json.dumps({"answer": answer}))
