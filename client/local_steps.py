@@ -50,19 +50,21 @@ def private_update(
     """The way from ``weights`` through the study's local steps: float64[d]. As many privacy events as steps.
 
     A step's gradient is the noised sum over the patients expected in it, this hospital's declared number times the sampling
-    rate: public, whatever the true number is. Arithmetic need not repeat elsewhere: nobody else does these steps.
+    rate: public, whatever the true number is. Arithmetic need not repeat elsewhere: nobody else does these steps. Rates so
+    absurd that it overflows give an update that is not finite: noised sums and public numbers alone decide that.
     """
     local = local_steps(approved)
     expected = approved.study.privacy.sampling_rate * approved.nominal_patients
     start = weights.astype(np.float64)
     at = start.copy()
-    for _ in range(local.steps):
-        integers = noised_sum(approved, at.astype(np.float32), entropy, noise)
-        gradient = dequantize(integers, approved.plan.noise_exponent) / expected
-        if local.proximal:
-            gradient += local.proximal * (at - start)
-        at -= local.learning_rate * gradient
-    return at - start
+    with np.errstate(over="ignore", invalid="ignore"):
+        for _ in range(local.steps):
+            integers = noised_sum(approved, at.astype(np.float32), entropy, noise)
+            gradient = dequantize(integers, approved.plan.noise_exponent) / expected
+            if local.proximal:
+                gradient += local.proximal * (at - start)
+            at -= local.learning_rate * gradient
+        return at - start
 
 
 def local_steps(approved: Approved) -> LocalSteps:

@@ -6,7 +6,6 @@ retries, heartbeats and polling, because Flower's may end or signal the process 
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 from collections.abc import Callable
@@ -45,6 +44,7 @@ from medfed.client.channel import GuardedTransport, name_fault, trust
 from medfed.client.connection import Connection
 from medfed.errors import EnvironmentFault, MedfedError, RemoteProtocolError, TransportError
 from medfed.flower_pieces import BODY_LIMIT_BYTES, FRAMES_LIMIT_BYTES, PIECE_BYTES, Incoming, cut
+from medfed.process import Collector
 from medfed.seams import Files, Seams
 
 hush()
@@ -192,6 +192,7 @@ class Node:
         self._was_active = False
         self._lost = threading.Event()
         self._stop = threading.Event()
+        self._collector = Collector()
 
     def run_forever(self, stop: threading.Event) -> None:
         """Connect, answer messages, connect again whenever needed, until ``stop``; sets ``stop`` when it ends.
@@ -256,12 +257,12 @@ class Node:
         self._call(self._fleet.ConfirmMessageReceived, confirm)
         is_long = len(_payload(message.content)) > PIECE_BYTES
         if is_long:
-            gc.collect()  # the pieces' requests are garbage in circles
+            self._collector.collect()  # the pieces' requests are garbage in circles
         reply = self._answer(message)
         del message
         self._send(run_id, reply)
         if is_long:
-            gc.collect()
+            self._collector.collect()
         return True
 
     def _answer(self, message: Message) -> Message:

@@ -45,6 +45,12 @@ class NumericFeature(StrictModel):
     def width(self) -> int:
         return 1
 
+    @property
+    def is_resolved(self) -> bool:
+        """Whether the range's ends, encoded, are apart by more than float32's rounding of either, and than 1e-30."""
+        low, high = (self.minimum - self.center) / self.scale, (self.maximum - self.center) / self.scale
+        return high - low > max(1e-6 * max(abs(low), abs(high)), 1e-30)
+
 
 class CategoryFeature(StrictModel):
     """A category: one indicator for each level after the first, each entered as ``(indicator - center) / scale``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import resource
 
@@ -32,3 +33,17 @@ def give_large_memory_back() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
         library.mallopt(_M_ARENA_MAX, 2)
+
+
+class Collector:
+    """Collects what large messages leave behind as garbage in circles, their bytes in it, before it is much."""
+
+    def __init__(self) -> None:
+        self._is_frozen = False
+
+    def collect(self) -> None:
+        """All but what was there at the first call, which stays for good: libraries are not looked through every time."""
+        gc.collect()
+        if not self._is_frozen:
+            gc.freeze()
+            self._is_frozen = True

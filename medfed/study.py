@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from medfed.data_contract import Column, DataContract, Finite, Scale
+from medfed.data_contract import Column, DataContract, Finite, NumericFeature, Scale
 from medfed.errors import ConfigError, PrivacyError
 from medfed.model_choice import READS, ModelChoice, Sha256
 from medfed.seams import Files
@@ -260,8 +260,15 @@ class Study(StrictModel):
         if self.statistics is not None:
             if self.statistics.range is None:
                 raise ValueError("statistics.range is missing")
-            if self.data.kind != "table" or not any(feature.kind == "number" for feature in self.data.features):
+            numbers = [feature for feature in self.data.features if isinstance(feature, NumericFeature)]
+            if self.data.kind != "table" or not numbers:
                 raise ValueError("statistics are of a table's numeric features")
+            for feature in numbers:
+                if not feature.is_resolved:
+                    # else 0 / 0: whether a hospital can answer at all would depend on one patient's value
+                    raise ValueError(
+                        f"statistics cannot tell the ends of {feature.name}'s range apart: widen it or move its center"
+                    )
         if self.training.local is not None and self.training.local.sum_range is None:
             raise ValueError("training.local.sum_range is missing")
         if self.training.aggregate == "update" and self.privacy.mode != "local":

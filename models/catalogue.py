@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from medfed.data_contract import DataContract
@@ -10,13 +11,25 @@ from medfed.model_choice import Cnn, LogisticRegression, Mlp, Recurrent, Transfo
 from medfed.models import convolutional, recurrent, tabular, transformer
 from medfed.study import Study
 
+MOST_PARAMETERS = 1 << 26
+"""256 MiB: a study's numbers, which a stranger may have chosen, multiply to terabytes."""
+
 
 def build(study: Study) -> nn.Module:
     """The study's model with freshly initialised weights: records [n, *study.data.shape] -> logits float[n, outputs].
 
     Torch's global generator draws the weights. A model holds float32 parameters and no buffer, and looks at each record
-    alone. Raises ``ConfigError`` MF-203 where the model does not take the study's kind of record.
+    alone. Raises ``ConfigError`` MF-203 where the model does not take the study's kind of record, or has more than
+    ``MOST_PARAMETERS``, before memory is taken for them.
     """
+    with torch.device("meta"):  # shapes without contents; nothing is drawn
+        size = sum(weight.numel() for weight in _built(study).parameters())
+    if size > MOST_PARAMETERS:
+        raise ConfigError(203, f"model of {size} parameters, at most {MOST_PARAMETERS}", "choose a smaller one")
+    return _built(study)
+
+
+def _built(study: Study) -> nn.Module:
     data, outputs = study.data, study.task.outputs
     match study.model:
         case LogisticRegression() if data.kind == "table":

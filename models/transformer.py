@@ -13,6 +13,9 @@ from torch.nn import functional
 
 from medfed.models.head import linear_from_zero
 
+_WORDS = 0.03  # standard deviation of a text's first embeddings
+_PLACES = 0.02
+
 
 class TextTransformer(nn.Module):
     """Tokens int64[n, length], 0 padding, each below ``tokens`` -> logits.
@@ -26,7 +29,10 @@ class TextTransformer(nn.Module):
         super().__init__()
         # no padding_idx: gradients by record would not heed it; padding is masked instead
         self.embedding = nn.Embedding(tokens, embedding_size)
-        self.encoder = _Encoder(embedding_size, heads, layers, feedforward_size)
+        # small, and places smaller still, with nothing that scales them up again: with unit numbers the places, alike in
+        # every text, drown what a few thousand texts say of their words
+        nn.init.normal_(self.embedding.weight, std=_WORDS)
+        self.encoder = _Encoder(embedding_size, heads, layers, feedforward_size, places=_PLACES, last=nn.Identity())
         self.head = linear_from_zero(embedding_size, outputs)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -37,7 +43,8 @@ class TextTransformer(nn.Module):
 class SeriesTransformer(nn.Module):
     """Series float[n, steps, channels], padding where channel ``inside`` is 0 -> logits.
 
-    Parameters: (channels + 1) * d of the embedding, and those of ``_Encoder`` and the head (d + 1) * outputs.
+    Parameters: (channels + 1) * d of the embedding, those of ``_Encoder``, 2 * d of the last normalisation and the head
+    (d + 1) * outputs.
     """
 
     def __init__(
@@ -53,7 +60,8 @@ class SeriesTransformer(nn.Module):
         super().__init__()
         self.inside = inside
         self.embedding = nn.Linear(channels, embedding_size)
-        self.encoder = _Encoder(embedding_size, heads, layers, feedforward_size)
+        last = nn.LayerNorm(embedding_size)
+        self.encoder = _Encoder(embedding_size, heads, layers, feedforward_size, places=1.0, last=last)
         self.head = linear_from_zero(embedding_size, outputs)
 
     def forward(self, series: Tensor) -> Tensor:
@@ -64,18 +72,21 @@ class SeriesTransformer(nn.Module):
 class _Encoder(nn.Module):
     """Places embedded as float[n, steps, d], real bool[n, steps] -> float[n, d], the mean over what is real.
 
-    Blocks with the normalisation before each part (Xiong et al. 2020, arXiv:2002.04745) and once at the end. Parameters:
-    4 * d * d + 2 * d * f + 9 * d + f for each block, where f is ``feedforward_size``, and 2 * d at the end.
+    Blocks with the normalisation before each part (Xiong et al. 2020, arXiv:2002.04745), then ``last``. ``places``: size of
+    what tells places apart. Parameters: 4 * d * d + 2 * d * f + 9 * d + f for each block, where f is ``feedforward_size``.
     """
 
-    def __init__(self, width: int, heads: int, layers: int, feedforward_size: int) -> None:
+    def __init__(
+        self, width: int, heads: int, layers: int, feedforward_size: int, *, places: float, last: nn.Module
+    ) -> None:
         super().__init__()
+        self.places = places
         self.blocks = nn.ModuleList([_Block(width, heads, feedforward_size) for _ in range(layers)])
-        self.norm = nn.LayerNorm(width)
+        self.norm = last
 
     def forward(self, embedded: Tensor, real: Tensor) -> Tensor:
         shown = real[:, :, None]
-        hidden = torch.where(shown, embedded + _places(embedded), 0.0)
+        hidden = torch.where(shown, embedded + self.places * _places(embedded), 0.0)
         # a softmax over nothing is not a number: a record of padding alone attends to padding, which its mean leaves out
         attended = (real | ~real.any(1, keepdim=True))[:, None, None, :]
         for block in self.blocks:

@@ -165,7 +165,7 @@ def _with_update_range(study: Study, local: LocalSteps, words: int, roster: Rost
     noise = 8.0 * math.sqrt(local.steps) * plan.noise_sd * 2.0**-plan.noise_exponent
     way = local.learning_rate * (local.steps * most_patients * privacy.clipping_norm + noise) / expected
     bound = 4.0 * way * largest / roster.nominal_patients
-    quantization = study.quantization.model_copy(update={"range": 2.0 ** math.ceil(math.log2(bound))})
+    quantization = study.quantization.model_copy(update={"range": _power_of_two_above(bound)})
     return study.model_copy(update={"quantization": quantization})
 
 
@@ -173,7 +173,14 @@ def _sum_range(task: TaskFile, largest_hospital: int) -> float:
     """A power of two that no coordinate of a hospital's clipped sum exceeds if its size is as declared."""
     expected = task.sampling_rate * largest_hospital * task.clipping_norm
     spread = 6.0 * math.sqrt(task.sampling_rate * largest_hospital) * task.clipping_norm
-    return 2.0 ** math.ceil(math.log2(min(largest_hospital * task.clipping_norm, expected + spread)))
+    return _power_of_two_above(min(largest_hospital * task.clipping_norm, expected + spread))
+
+
+def _power_of_two_above(bound: float) -> float:
+    """MF-203 for what no study may have as a range: absurd rates and norms lead there."""
+    if not 1e-300 < bound <= 2.0**29:  # a study's ranges end at 1e9
+        raise ConfigError(203, f"a range of {bound:g} follows from the task", "correct its rates and its clipping norm")
+    return 2.0 ** math.ceil(math.log2(bound))
 
 
 def _first_line(error: ValidationError) -> str:

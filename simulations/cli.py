@@ -181,7 +181,7 @@ def _positive_epsilon(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0.0 < value <= 100.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an epsilon from 0 to 100")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an epsilon above 0, 100 at most")
     return value
 
 

@@ -118,7 +118,7 @@ def _measured(first: Outcome, result: Result) -> str:
 def _baseline_in_words(first: Outcome, result: Result) -> str:
     lengths = sorted({rounds for rounds in result.pooled_rounds if rounds is not None})
     if not lengths:
-        return "No model was trained without privacy to compare with: run again with --epsilon none."
+        return "No model was trained without privacy to compare with: run again without --no-baseline."
     chosen = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
     if first.pooled is not None and first.pooled.is_ordinary:
         return (

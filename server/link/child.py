@@ -8,7 +8,6 @@ knock at the next server's door with a token of the last.)
 
 from __future__ import annotations
 
-import gc
 import importlib
 import logging
 import os
@@ -51,7 +50,7 @@ from flwr.superlink.grid import HttpGrid
 
 from medfed.errors import ExitStatus, MedfedError, RemoteProtocolError
 from medfed.flower_pieces import FRAMES_LIMIT_BYTES, Incoming, cut
-from medfed.process import give_large_memory_back
+from medfed.process import Collector, give_large_memory_back
 from medfed.server.exchange import Exchange
 from medfed.server.link.grid import make_server_app, payload_of
 
@@ -93,6 +92,7 @@ class RunGrid(HttpGrid):  # type: ignore[misc]
     def __init__(self, admin: str, token: str, frame_bytes: int = FRAMES_LIMIT_BYTES) -> None:
         super().__init__(admin, insecure=True, token=token)
         self._frame_bytes = frame_bytes
+        self._collector = Collector()
         self._unfinished: dict[str, tuple[MessageProto, Incoming | None]] = {}
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -123,7 +123,7 @@ class RunGrid(HttpGrid):  # type: ignore[misc]
                 )
                 self._runtime_client.PushObject(part)  # stored, or no longer wanted
         if len(objects) > 2 * len(protos) + 1:  # pieces were sent: garbage in circles
-            gc.collect()
+            self._collector.collect()
         ids: list[str] = list(pushed.message_ids)
         return ids
 
@@ -156,7 +156,7 @@ class RunGrid(HttpGrid):  # type: ignore[misc]
             self._unfinished[message_id] = (proto, incoming)  # the last in turn now
             if incoming is not None and self._is_stored(incoming.root):
                 reply = self._finish(message_id)
-                gc.collect()  # its pieces are garbage in circles
+                self._collector.collect()  # its pieces are garbage in circles
                 return [] if reply is None else [reply]
         return []
 

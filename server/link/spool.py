@@ -7,7 +7,6 @@ short stays in memory.
 
 from __future__ import annotations
 
-import gc
 import threading
 
 from medfed.flower import hush
@@ -19,6 +18,7 @@ from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectSto
 from flwr.supercore.object_store.object_store import NoObjectInStoreError
 
 from medfed.flower_pieces import BODY_LIMIT_BYTES
+from medfed.process import Collector
 from medfed.seams import Scratch
 
 hush()
@@ -42,6 +42,7 @@ class SpoolingStore(InMemoryObjectStore):  # type: ignore[misc]
         self._free: list[int] = []
         self._slots = 0
         self._lock_slots = threading.Lock()
+        self._collector = Collector()
         self._passed_bytes = 0
 
     def put(self, object_id: str, object_content: bytes) -> None:
@@ -95,7 +96,7 @@ class SpoolingStore(InMemoryObjectStore):  # type: ignore[misc]
         self._passed_bytes += size
         if self._passed_bytes >= COLLECT_EVERY_BYTES:
             self._passed_bytes = 0
-            gc.collect()
+            self._collector.collect()
 
     def _take_slot(self) -> int:
         with self._lock_slots:

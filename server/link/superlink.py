@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import gc
 import hashlib
 import hmac
 import socket
@@ -172,8 +171,6 @@ class SuperLink:
 
     def open(self) -> None:
         """Open the public port, once all nodes are registered: a node that comes earlier would be refused. MF-614."""
-        gc.collect()
-        gc.freeze()  # what is here now stays: the collections to come (spool.py) need not look at it
         listener = _listen(self._settings.host, self._settings.port)
         self.public_port = listener.getsockname()[1]
         self._run(self._public_config(), listener)

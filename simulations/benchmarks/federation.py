@@ -1,8 +1,8 @@
 """What the federation costs beside training: coordinator and hospitals as processes over TLS on this machine.
 
 Everything is production's but the training: hospitals send an update of zeros, without noise (``benchmarks/hospital.py``).
-Seconds per round are from one checkpoint of the coordinator to the next. Memory is what a process held at most from its
-start on, beyond what it held at most with a small model: ``growth_mb``. Coordinator means its two processes together.
+Seconds per round are from one checkpoint of the coordinator to the next. Memory is what was held at most from start to end,
+beyond what was held at most with a small model: ``growth_mb``. Coordinator means its two processes together.
 A federation of two hospitals does not exist: a sum over fewer than three parties hides nobody, so the least is three.
 """
 
@@ -37,9 +37,10 @@ LOOK_EVERY_S = 0.02
 
 @dataclass
 class Peaks:
-    """The most that each process held so far, bytes of resident memory by name, and when checkpoints were written.
+    """The most that was held so far, bytes of resident memory, and when checkpoints were written.
 
-    ``cpu``: by name, seconds of processor time at each checkpoint.
+    ``memory``: by hospital, as the kernel kept it; "coordinator" is the sum of its processes, looked at every 20 ms.
+    ``cpu``: by process, seconds of processor time at each checkpoint.
     """
 
     hospitals: list[str]
@@ -53,8 +54,9 @@ class Peaks:
         pids = {"parent": parent, **{name: processes.hospitals[name].pid for name in self.hospitals}}
         for child in _children(parent)[:1]:
             pids["child"] = child
-        for name, pid in pids.items():
-            self._note(name, pid)
+        for name in self.hospitals:
+            self._note(name, _memory(pids[name], "VmHWM:"))
+        self._note("coordinator", sum(_memory(pids[name], "VmRSS:") for name in ("parent", "child") if name in pids))
         for path in (folder / "coordinator" / "runs").glob("*/checkpoint.bin"):
             with contextlib.suppress(FileNotFoundError):
                 written = path.stat().st_mtime_ns
@@ -62,11 +64,17 @@ class Peaks:
                     self.checkpoints_ns.append(written)
                     self.cpu.append({name: _cpu_s(pid) for name, pid in pids.items()})
 
-    def _note(self, name: str, pid: int) -> None:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    self.memory[name] = max(self.memory.get(name, 0), 1024 * int(line.split()[1]))
+    def _note(self, name: str, taken: int) -> None:
+        self.memory[name] = max(self.memory.get(name, 0), taken)
+
+
+def _memory(pid: int, what: str) -> int:
+    """A line of the process's status, in bytes; 0 once it has ended."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith(what):
+                return 1024 * int(line.split()[1])
+    return 0
 
 
 def _cpu_s(pid: int) -> float:
@@ -151,7 +159,7 @@ def measure(hospitals: int, model: ModelChoice, rounds: int, seams: Seams) -> Me
     return Measured(
         parameters=words,
         rounds_s=tuple(taken),
-        coordinator=peaks.memory["parent"] + peaks.memory["child"],
+        coordinator=peaks.memory["coordinator"],
         hospital=max(peaks.memory[name] for name in names),
         cpu_s=_cpu_per_round(peaks, names),
     )

@@ -18,8 +18,8 @@ from medfed.advance import state_hash
 from medfed.client.approval import caps_of, load_approved
 from medfed.client.approved import Approved
 from medfed.client.ledger import Ledger, LedgerView
-from medfed.client.local_steps import private_update, weighted_words
-from medfed.errors import EnvironmentFault
+from medfed.client.local_steps import noised_sum, private_update, weighted_words
+from medfed.errors import EnvironmentFault, LocalProtocolError
 from medfed.privacy.accounting import ORDERS, Mechanism, compose, epsilon
 from medfed.privacy.noise import discrete_gaussian
 from medfed.simulations.entropy import SeededEntropy
@@ -98,6 +98,23 @@ def test_proximal_term_pulls_back(make_world) -> None:
         zero = np.zeros(approved.plan.words, np.float32)
         ways.append(np.linalg.norm(private_update(approved, zero, SeededEntropy(1, "x"), lambda *_, push=push: push)))
     assert ways[0] < 0.9 * ways[1]
+
+
+def test_steps_that_overflow_do_so_for_any_patients(make_world) -> None:
+    """A study's absurd rate makes weights infinite, then no numbers: sums go on, nothing raises before the update is cut."""
+    approved = approved_at(make_world(UPDATE), 2)
+    absurd = approved.study.privacy.model_copy(update={"sampling_rate": 1e-310})
+    approved = replace(approved, study=approved.study.model_copy(update={"privacy": absurd}))
+    everybody = approved.study.model_copy(update={"privacy": absurd.model_copy(update={"sampling_rate": 1.0})})
+    for weight in (np.inf, -np.inf, np.nan):
+        weights = np.full(approved.plan.words, weight, np.float32)
+        sums = noised_sum(replace(approved, study=everybody), weights, SeededEntropy(1, "x"), zeros)
+        assert np.abs(sums).max() <= approved.plan.noise_limit
+    start = np.zeros(approved.plan.words, np.float32)
+    update = private_update(approved, start, SeededEntropy(1, "x"), discrete_gaussian)
+    assert not np.isfinite(update).any()
+    with pytest.raises(LocalProtocolError, match="MF-184"):
+        weighted_words(approved, update)
 
 
 def test_hospitals_weigh_by_what_they_declared(make_world) -> None:

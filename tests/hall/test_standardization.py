@@ -220,6 +220,22 @@ def test_statistics_that_make_no_sense_are_refused(changes: dict[str, object], w
         make_study(changes)
 
 
+@pytest.mark.parametrize(
+    "range_of_age",
+    [
+        {"minimum": 0.0, "maximum": 1e-5, "center": -(2.0**39), "scale": 1.0},  # one number as float64: 0 / 0
+        {"minimum": 0.0, "maximum": 1e-3, "center": 1e5, "scale": 1.0},  # one number as float32
+        {"minimum": 0.0, "maximum": 1e-300, "center": 0.0, "scale": 1e12},
+    ],
+)
+def test_range_that_rounding_closes_is_refused(range_of_age: dict[str, float], make_study: MakeStudy) -> None:
+    """Else a patient with a value makes the sum no number, one without does not: who answers would tell which."""
+    changes = {f"data.features.0.{key}": value for key, value in range_of_age.items()}
+    make_study(changes)
+    with pytest.raises(ValidationError, match="cannot tell the ends of age's range apart"):
+        make_study({**changes, **STATISTICS})
+
+
 def test_statistics_need_a_number(make_study: MakeStudy, study_values: dict[str, dict[str, object]]) -> None:
     category = study_values["data"]["features"][2]
     with pytest.raises(ValidationError, match="numeric features"):

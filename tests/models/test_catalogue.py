@@ -32,7 +32,7 @@ SERIES = {
 }
 TEXT = {"column": "note", "tokens": "hashed-words", "buckets": 256, "length": 11}
 SMALL = {"embedding_size": 8, "heads": 2, "layers": 2, "feedforward_size": 12}
-BLOCKS = 2 * (4 * 8 * 8 + 2 * 8 * 12 + 9 * 8 + 12) + 2 * 8
+BLOCKS = 2 * (4 * 8 * 8 + 2 * 8 * 12 + 9 * 8 + 12)
 
 # name -> (model, kind of record, parameters where the task has one output). A series has 2 * 2 + 1 + 3 = 8 channels
 CHOICES: dict[str, tuple[dict[str, object], str, int]] = {
@@ -61,7 +61,7 @@ CHOICES: dict[str, tuple[dict[str, object], str, int]] = {
         15 * 14 + 15 * 11 + 5 + 3 * 2 + 1 + 3 + 1,
     ),
     "transformer, text": ({"name": "transformer", **SMALL}, "text", 257 * 8 + BLOCKS + 8 + 1),
-    "transformer, series": ({"name": "transformer", **SMALL}, "series", 9 * 8 + BLOCKS + 8 + 1),
+    "transformer, series": ({"name": "transformer", **SMALL}, "series", 9 * 8 + BLOCKS + 2 * 8 + 8 + 1),
 }
 DEEP = [name for name in CHOICES if CHOICES[name][1] != "table"]
 PADDED = [name for name in CHOICES if CHOICES[name][1] in ("series", "text")]
@@ -219,3 +219,23 @@ def test_order_of_the_steps_counts(make_study: MakeStudy, name: str) -> None:
     study = study_of(make_study, name)
     model, inputs = grown(study), records(study.data, 2)[:1]
     assert (model(inputs) - model(inputs.flip(1))).abs().max() > 1e-3
+
+
+HUGE: dict[str, dict[str, object]] = {
+    "mlp": {"model": {"name": "mlp", "hidden": [4096] * 8, **PIN}},
+    "cnn": {
+        "data.features": [],
+        "data.image": {**IMAGE, "height": 1024, "width": 1024},
+        "model": {"name": "cnn", "channels": [1024], "first_stride": 1, "groups": 1, "head": "places", **PIN},
+        "task": {"kind": "multiclass", "label": "ill", "classes": 1000},
+    },
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_model_that_no_machine_holds_is_refused_before_it_is_made(make_study: MakeStudy, name: str) -> None:
+    """The study comes from a stranger, and whoever reads it builds the model: 4 TB of the second one."""
+    before = torch.get_rng_state()
+    with pytest.raises(ConfigError, match=r"MF-203 model of \d+ parameters"):
+        build(make_study(HUGE[name]))
+    assert torch.equal(before, torch.get_rng_state())
