@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from medfed.models.text_records import encode_texts
 from medfed.study import Study
 
 Inputs = NDArray[np.float32] | NDArray[np.int64]
+MOST_BYTES = 16 << 30  # of all encoded records together: they lie in memory
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,8 +59,13 @@ def encode_records(
 
     ``rows[i]``: what record i is called in an error, the line of its file; without it records count from 1. ``images``:
     of an image study, one a record in the same order, decoded as they are asked for; ``series``: of a series study.
-    Raises: ``DataError`` MF-301 for a missing column, a missing, unreadable or out-of-range value.
+    Raises: ``DataError`` MF-301 for a missing column, a missing, unreadable or out-of-range value, or more records than fit
+    ``MOST_BYTES`` in the study's shape.
     """
+    size = len(patients) * math.prod(study.data.shape) * (8 if study.data.kind == "text" else 4)
+    if size > MOST_BYTES:
+        what = f"{len(patients)} records take {size / 2**30:.0f} GiB encoded, at most {MOST_BYTES >> 30}"
+        raise DataError(301, what, "give fewer records, or ask for a study of smaller ones")
     for name in columns_of(study):
         if name not in columns:
             remedy = f'write {name} = "YOUR COLUMN" under [data.columns] in hospital.toml'

@@ -12,7 +12,8 @@ import threading
 from medfed.flower import hush
 
 # isort: split
-from flwr.supercore.inflatable.inflatable_object import get_object_id
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.inflatable.inflatable_object import get_object_id, iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import validate_object_content
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.supercore.object_store.object_store import NoObjectInStoreError
@@ -26,6 +27,7 @@ hush()
 SPOOL_FROM_BYTES = 1 << 16
 COLLECT_EVERY_BYTES = 32 << 20
 SLOT_BYTES = BODY_LIMIT_BYTES
+_AROUND_PIECES = 8  # a message, its record dict, and room to spare
 
 
 class SpoolingStore(InMemoryObjectStore):  # type: ignore[misc]
@@ -44,6 +46,17 @@ class SpoolingStore(InMemoryObjectStore):  # type: ignore[misc]
         self._lock_slots = threading.Lock()
         self._collector = Collector()
         self._passed_bytes = 0
+
+    def preregister(self, run_id: int, object_tree: ObjectTree) -> list[str]:
+        """Flower's, for messages of no more objects than the longest frame has: each named one may then be stored.
+
+        A body of a few megabytes could name tens of thousands, whose contents, each too short for the file, would fill
+        memory. Raises ``ValueError``.
+        """
+        if sum(1 for _ in iterate_object_tree(object_tree)) > self._slots_at_most + _AROUND_PIECES:
+            raise ValueError("a message of more objects than a frame has")
+        names: list[str] = super().preregister(run_id, object_tree)
+        return names
 
     def put(self, object_id: str, object_content: bytes) -> None:
         """Check and keep one object. Raises as Flower's: ``ValueError``, ``NoObjectInStoreError``."""

@@ -259,6 +259,17 @@ def test_store_uses_its_slots_again_and_refuses_more_than_there_are(store) -> No
     keep(store, message_of(frame_of(3 * PIECE_BYTES, 8), 5))
 
 
+def test_store_refuses_a_message_of_more_objects_than_a_frame_has(store) -> None:
+    """Short objects are kept in memory: their number must be bounded before any is stored."""
+    allowed = message_of(frame_of(6 * PIECE_BYTES), 5)
+    store.preregister(1, get_object_tree(allowed))
+    before = len(store)
+    longer = message_of(frame_of(20 * PIECE_BYTES, 3), 5)
+    with pytest.raises(ValueError, match="more objects"):
+        store.preregister(1, get_object_tree(longer))
+    assert len(store) == before
+
+
 def test_store_refuses_what_is_not_named_by_its_hash_or_not_announced(store) -> None:
     message = message_of(frame_of(PIECE_BYTES), 5)
     objects = get_all_nested_objects(message)

@@ -170,3 +170,12 @@ def test_subset_keeps_records_labels_and_patients_together() -> None:
     assert part.labels.tolist() == [0, 0]
     assert part.patients == ("a", "c")
     assert records.subset(np.zeros(3, np.bool_)).patients == ()
+
+
+def test_records_that_memory_cannot_hold_are_refused_before_it_is_taken(
+    make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medfed.models.records.MOST_BYTES", 3 * 3 * 4 - 1)
+    assert "encoded" in refused(make_study(), columns())
+    monkeypatch.setattr("medfed.models.records.MOST_BYTES", 3 * 3 * 4)
+    encode_records(make_study(), ["a", "b", "c"], columns())
