@@ -158,7 +158,8 @@ def _places(names: list[str], all_wanted: Sequence[str]) -> dict[str, int]:
         found = [index for index, name in enumerate(names) if name == wanted]
         if not found:
             remedy = (
-                'add it, or write its name here as STUDY_NAME = "YOUR COLUMN" under [data.columns] in hospital.toml'
+                'add it, or name yours in hospital.toml: STUDY_NAME = "YOUR COLUMN" under [data.columns]; the columns of '
+                "patient, record and time under [data]"
             )
             raise _fault(f'column "{plain(wanted)}" is missing', remedy)
         if len(found) > 1:

@@ -151,8 +151,10 @@ DEEP = {
     "cnn": (lambda: convolutional.cnn(8, 8, 1, [8, 16], 1, 4, "mean"), images),
     "lstm": (lambda: recurrent.Recurrent("lstm", 3, 2, 1, 16, 1, True), series),
     "gru": (lambda: recurrent.Recurrent("gru", 3, 2, 1, 16, 1, True), series),
-    "transformer": (lambda: transformer.TextTransformer(30, 1, 16, 2, 1, 16), texts),
+    "transformer": (lambda: transformer.SeriesTransformer(9, 6, 1, 16, 2, 1, 16), series),
+    "transformer of texts": (lambda: transformer.TextTransformer(30, 1, 16, 2, 1, 16), texts),
 }
+ATTACKED = [name for name in DEEP if name != "transformer of texts"]  # it has no last layer that the attack could set
 
 
 def choose_cancelling(model: nn.Module, generator: torch.Generator, rng: np.random.Generator) -> None:
@@ -219,7 +221,7 @@ def test_one_patient_moves_a_deep_models_sum_by_at_most_c_whatever_the_weights(n
     assert 0.9 < worst <= 1.0
 
 
-@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("name", ATTACKED)
 def test_one_patient_moves_a_deep_models_sum_by_more_where_batches_change_their_shape(name):
     """The control: the same attack in batches of all patients."""
     assert deep_attack(name, in_one_batch, draws=40, stop_above=1.1) > 1.1
