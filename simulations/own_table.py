@@ -33,6 +33,7 @@ from medfed.study import Deadlines, Momentum, Study, Task, Training
 CONSTANTS_FROM_DATA = "CONSTANTS FROM THE DATA: not part of the privacy guarantee"
 EVALUATION = "own-table"
 HOSPITALS = 5
+_RECORDS_A_LEVEL = 3  # fewer on average are no category
 _MOST_LEVELS = 64
 _MOST_CLASSES = 100
 _ROUNDS = 20
@@ -286,6 +287,12 @@ def _category(name: str, local: str, cells: Sequence[str], known: Sequence[str])
     counts: dict[str, int] = {}
     for cell in known:
         counts[canonical(cell)] = counts.get(canonical(cell), 0) + 1
+    if len(counts) > 2 and len(counts) * _RECORDS_A_LEVEL > len(known):
+        # levels are written into the study's file, where names of patients must never stand
+        what = (
+            f"column {shown(local)} holds {len(counts)} different texts in {len(known)} records: it may name patients"
+        )
+        raise DataError(301, what, "leave it out with --leave-out, or name it with --patient-column")
     if len(counts) > _MOST_LEVELS or max(map(len, counts)) > 64:
         what = f"column {shown(local)} holds {len(counts)} different texts: neither numbers nor a category"
         raise DataError(301, what, "leave it out with --leave-out, or make categories of it")

@@ -215,3 +215,10 @@ def test_run_on_an_own_table_learns_and_says_where_its_constants_come_from(write
 def test_run_refuses_options_of_an_own_table_without_one(arguments, capsys):
     assert main(["run", *arguments]) == 2
     assert capsys.readouterr().err.startswith("MF-100 ")
+
+
+def test_column_that_may_name_patients_is_refused_in_a_table_of_any_size(write):
+    """Its texts would stand in the study's file as levels."""
+    with pytest.raises(DataError, match=r"MF-301 column id .* may name patients") as caught:
+        cohort_of(write(rows_of(12)), patient_column=None)
+    assert "p1" not in str(caught.value)
