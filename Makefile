@@ -57,6 +57,7 @@ bench: install
 	$(BIN)/python -m medfed.simulations.benchmarks rounds --json
 	$(BIN)/python -m medfed.simulations.benchmarks federation --json
 	$(BIN)/python -m medfed.simulations.benchmarks simulation --json
+	$(BIN)/python -m medfed.simulations.benchmarks ledger --json
 
 clean:
 	rm -rf $(VENV) .typing build dist

@@ -186,13 +186,21 @@ def _ledger_approval(site: Site, reviewed: Review) -> Approval:
         nominal_patients=reviewed.roster.hospitals[reviewed.position].nominal_patients,
         unconfirmed=tuple(entry.public for entry in reviewed.unconfirmed),
         approved_wall_s=site.seams.clock.wall(),
+        stages=study.stages,
+        holdout=pinned_holdout(site, study),
     )
+
+
+def pinned_holdout(site: Site, study: Study) -> float | None:
+    """The share of held-out patients, where the price counts on no patient being both held out and trained on."""
+    return site.config.data.holdout if study.metrics is not None else None
 
 
 def load_approved(site: Site, study_hash: bytes, ledger: Ledger) -> Approved:
     """What was approved under ``study_hash``, every pin checked again, with today's data; to be computed on the processor.
 
-    Raises: MF-124 if a file changed, MF-340 if there are patients that were not in the approval's snapshot.
+    Raises: MF-124 if a file changed, MF-340 if there are patients that were not in the approval's snapshot, or if who is held
+    out changed under a study with metrics.
     """
     files, folder = site.seams.files, site.study_folder(study_hash)
     study = _read_study(files.read(folder / "study.json"), study_hash)
@@ -206,6 +214,8 @@ def load_approved(site: Site, study_hash: bytes, ledger: Ledger) -> Approved:
     records = site.read_records(study)
     if not ledger.patients(study_hash).issuperset(site.keyed_hashes(records.patients)):
         raise PrivacyError(340, "there are patients that were not in the data when it was approved", "restore the data")
+    if ledger.approved(study_hash).approval.holdout != pinned_holdout(site, study):
+        raise PrivacyError(340, "holdout changed since this study with metrics was approved", "set it as it was")
     held_out = site.holdout(records.patients)
     return Approved(
         study=study,

@@ -12,7 +12,8 @@ from medfed.errors import PrivacyError
 
 
 class StudyBudget(TypedDict):
-    """One study at its own delta. ``left``: of what was reserved for it, which is the most it may still cost."""
+    """One study at its own delta. ``left``: of what was reserved for it, which is the most it may still cost. Of the two bounds
+    on what is reserved, ``accountant`` names the smaller; ``epsilon_pld`` is null where that bound has none."""
 
     study: str
     study_sha256: str
@@ -20,17 +21,22 @@ class StudyBudget(TypedDict):
     delta: float
     epsilon_spent: float
     epsilon_reserved: float
+    epsilon_rdp: float
+    epsilon_pld: float | None
+    accountant: str
     epsilon_left: float
     attempts_used: int
     attempts_left: int
 
 
 class Account(TypedDict):
-    """All studies that share patients, at the lifetime delta. ``left``: for studies to come."""
+    """All studies that share patients, at the lifetime delta. ``left``: for studies to come. ``filter``: of what is reserved,
+    what the privacy filter holds against the cap, true also when studies are chosen by earlier results."""
 
     studies: list[str]
     epsilon_spent: float
     epsilon_reserved: float
+    epsilon_filter: float
     epsilon_left: float
 
 
@@ -68,6 +74,9 @@ def budget(ledger: LedgerView, caps: Caps) -> Budget:
                 delta=view.delta,
                 epsilon_spent=view.epsilon_spent,
                 epsilon_reserved=view.epsilon_reserved,
+                epsilon_rdp=view.reserved.rdp,
+                epsilon_pld=view.reserved.pld,
+                accountant=view.reserved.accountant,
                 epsilon_left=max(0.0, view.epsilon_reserved - view.epsilon_spent),
                 attempts_used=view.attempts_used,
                 attempts_left=view.attempts_left,
@@ -78,6 +87,7 @@ def budget(ledger: LedgerView, caps: Caps) -> Budget:
             studies=sorted(study.hex() for study in members),
             epsilon_spent=view.lifetime_spent,
             epsilon_reserved=view.lifetime_reserved,
+            epsilon_filter=view.lifetime_filter,
             epsilon_left=max(0.0, caps.max_epsilon_lifetime - view.lifetime_reserved),
         )
     return Budget(
@@ -100,14 +110,16 @@ def budget_in_words(spent: Budget) -> Iterator[str]:
     for study in spent["studies"]:
         yield (
             f"{shown(study['study'])} ({study['study_sha256'][:12]}, {study['state']}): spent "
-            f"{study['epsilon_spent']:.4g} of {study['epsilon_reserved']:.4g} reserved (delta {study['delta']:g}), "
+            f"{study['epsilon_spent']:.4g} of {study['epsilon_reserved']:.4g} reserved (delta {study['delta']:g}, by "
+            f"{study['accountant'].upper()}; by RDP {study['epsilon_rdp']:.4g}), "
             f"{study['attempts_used']} attempts used, {study['attempts_left']} left"
         )
     for account in spent["accounts"]:
         names = ", ".join(study[:12] for study in account["studies"])
         yield (
             f"Patients of {names}: spent {account['epsilon_spent']:.4g}, reserved {account['epsilon_reserved']:.4g}, "
-            f"left for other studies {account['epsilon_left']:.4g}"
+            f"left for other studies {account['epsilon_left']:.4g}; the privacy filter counts {account['epsilon_filter']:.4g} "
+            f"against the cap {spent['max_epsilon_lifetime']:g}"
         )
 
 
@@ -138,9 +150,15 @@ def row_in_words(row: Row) -> str:
     if row["attempt"] is not None:
         parts.append(f"attempt {row['attempt']}")
     body = row["body"]
+    if isinstance(body, dict) and "study_micro" in body:
+        parts.append(
+            f"epsilon {body['study_micro'] / 1e6:.6f}, by RDP {body['study_rdp_micro'] / 1e6:.6f}, lifetime "
+            f"{body['lifetime_after_micro'] / 1e6:.6f}, filter {body['filter_after_micro'] / 1e6:.6f}"
+        )
     if isinstance(body, dict) and "study_after_micro" in body:
         parts.append(
-            f"epsilon {body['study_after_micro'] / 1e6:.6f}, lifetime {body['lifetime_after_micro'] / 1e6:.6f}"
+            f"epsilon {body['study_after_micro'] / 1e6:.6f}, lifetime {body['lifetime_after_micro'] / 1e6:.6f}, "
+            f"filter {body['filter_after_micro'] / 1e6:.6f}"
         )
     if isinstance(body, dict) and "reason" in body:
         parts.append(shown(str(body["reason"])))

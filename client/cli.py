@@ -92,8 +92,25 @@ def build_parser() -> Parser:
     _add_config(budget, _budget)
     plan = commands.add_parser("plan", help="show what a study would cost here, before joining")
     plan.add_argument("study", type=Path, help="study.toml")
+    plan.add_argument(
+        "--epsilon",
+        type=float,
+        action="append",
+        metavar="E",
+        help="tell the noise that this would need (may be repeated)",
+    )
     _add_json(plan)
     _add_config(plan, _plan)
+    verify = commands.add_parser(
+        "verify",
+        help="check the signed privacy statement of a run (exit status 4: it does not hold)",
+        description="Work out anew what a run's folder claims: signatures, hashes, journal, epsilon. Needs no network. Beside a "
+        "hospital.toml, this hospital's own ledger is compared as well. Exit status 0 if every check holds, 4 (MF-194) if one "
+        "does not.",
+    )
+    verify.add_argument("run", type=Path, help="the run's folder: model, privacy.json, journal")
+    _add_json(verify)
+    _add_config(verify, _verify)
     withdraw = commands.add_parser("withdraw", help="take back an approval; what was spent stays spent")
     withdraw.add_argument("study", help="its name, or the beginning of its hash")
     _add_yes(withdraw)
@@ -267,10 +284,13 @@ def _stop(arguments: argparse.Namespace) -> int:
 
 def _ledger(arguments: argparse.Namespace) -> int:
     from medfed.client.budget import row_in_words, rows
+    from medfed.client.ledger import require_unlocked
 
-    with _inspected(_site(arguments)) as ledger:
+    site = _site(arguments)
+    with _inspected(site) as ledger:
         if arguments.verify:
             seen = ledger.verify()
+            require_unlocked(site.seams.files, site.ledger_path, ledger, site.identity().public)
             result = {
                 "verified": True,
                 "rows": seen.entries,
@@ -299,12 +319,25 @@ def _budget(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from medfed.client.forecast import forecast, in_words
+    from medfed.client.outlook import WANTED
 
     site = _site(arguments)
     with _inspected(site) as ledger:
-        planned = forecast(site, arguments.study, ledger)
+        planned = forecast(site, arguments.study, ledger, arguments.epsilon or WANTED)
     report(arguments.json, planned, in_words(planned))
     return ExitStatus.POLICY if planned["refusals"] else ExitStatus.HANDLED
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from medfed.client.verify import in_words, require_verified, verify
+    from medfed.seams import system_seams
+
+    files = system_seams().files
+    site = _site(arguments) if arguments.config != CONFIG or files.exists(CONFIG) else None
+    found = verify(files, arguments.run, site)
+    report(arguments.json, found, in_words(found))
+    require_verified(found)
+    return ExitStatus.HANDLED
 
 
 def _withdraw(arguments: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
@@ -26,10 +26,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Compute:
-    """The device, and which physical batches were found right (``settle_batch``) in this process, by form of computation."""
+    """The device, which physical batches were found right (``settle_batch``) in this process, by form of computation, and the
+    engine that takes gradients record by record (of tables as well)."""
 
     device: torch.device = CPU
     batches: dict[str, int] = field(default_factory=dict)
+    engine: Literal["opacus"] = "opacus"
 
     def run(self, work: Callable[[torch.device], Result]) -> Result:
         """``work`` on the device; where that fails (memory above all), the whole of it again on the processor.
@@ -48,6 +50,8 @@ class Compute:
 
 def choose_compute(section: ComputeSection) -> Compute:
     """The device that hospital.toml asks for, made ready; without one the processor, and a line that says why."""
+    if section.engine != "auto":
+        log.info("gradients by %s, as hospital.toml says", section.engine)
     if section.device == "cpu":
         log.info("computing on the processor, as hospital.toml says")
         return Compute()

@@ -45,11 +45,12 @@ class Ask(StrictModel):
 
 
 class StudyNow(StrictModel):
-    """A study the process answers for: rounds whose sums it has, and where its model computes."""
+    """A study the process answers for: rounds whose sums it has, where its model computes, and what takes its gradients."""
 
     study_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     completed_rounds: Annotated[int, Field(ge=0)]
     device: Annotated[str, Field(max_length=64)]
+    engine: Annotated[str, Field(max_length=64)]
 
 
 class DaemonNow(StrictModel):

@@ -13,7 +13,6 @@ from pathlib import Path
 from medfed import __version__
 from medfed.advance import advance
 from medfed.client.approval import caps_of, load_approved
-from medfed.client.approved import Approved
 from medfed.client.bridge import bridge_service
 from medfed.client.compute import Compute, choose_compute
 from medfed.client.connection import Connection, ConnectionState
@@ -28,6 +27,7 @@ from medfed.client.setup import open_site
 from medfed.client.site import Site
 from medfed.client.startup_checks import check_outbox
 from medfed.client.trainer import warm_up
+from medfed.client.witnesses import Witnesses
 from medfed.errors import ExitStatus, MedfedError, PrivacyError
 from medfed.health import HOSPITAL, health_service
 from medfed.models.catalogue import is_rowwise
@@ -51,11 +51,13 @@ def open_hospital(
 
     Loads every approved study: its pinned files, model and data are checked now, so that a fault stops the start and
     not a round. Withdrawn studies are left out; closed ones only repeat their last word. A ledger older than what this
-    hospital has sent is refused (MF-405). ``choose``: of the device for deep models, called once if there is such a study.
+    hospital has sent, or than others saw it, is refused (MF-405). ``choose``: of the device for deep models, called once if
+    there is such a study.
     """
     compute = None
     identity = site.identity()
     with Ledger.open(site.seams.files, site.ledger_path, identity) as ledger:
+        witnesses = Witnesses(site.seams.files, site.ledger_path, identity.public, ledger)
         parts = []
         for known in ledger.studies():
             if known.state is StudyState.WITHDRAWN:
@@ -80,6 +82,7 @@ def open_hospital(
                     approved,
                     identity,
                     ledger,
+                    witnesses,
                     caps_of(site),
                     site.seams,
                     noise,
@@ -116,7 +119,8 @@ def run_hospital(
             once=once,
             limit_bytes=hospital.frame_limit_bytes,
         )
-        connection = Connection(seams.clock, tell)
+        connection = Connection(seams.clock, lambda is_up: tell(is_up and not hospital.is_locked))
+        hospital.on_lock = lambda: tell(False)
         node = Node(settings, hospital.handle, seams, connection) if bridge is None else None
         since_s = seams.clock.wall()
         with control_service(
@@ -161,7 +165,10 @@ def look(hospital: Hospital, connection: ConnectionState, since_s: float, *, is_
     """What this process says of itself when asked, from another thread than the one that works: plain reads only."""
     studies = [
         StudyNow(
-            study_sha256=part.study_hash.hex(), completed_rounds=part.completed_rounds, device=_device_of(part.approved)
+            study_sha256=part.study_hash.hex(),
+            completed_rounds=part.completed_rounds,
+            device=str(part.approved.compute.device),
+            engine=part.approved.compute.engine,
         )
         for part in hospital.participations
     ]
@@ -176,8 +183,3 @@ def look(hospital: Hospital, connection: ConnectionState, since_s: float, *, is_
         why_not=connection.why_not,
         studies=studies,
     )
-
-
-def _device_of(approved: Approved) -> str:
-    """Where the model's gradients are computed."""
-    return str(approved.compute.device)

@@ -13,15 +13,19 @@ from medfed.display import block, shown
 from medfed.model_choice import described
 from medfed.privacy.plan import Plan
 from medfed.privacy.secagg.protocol import OFFER_BYTES, AggregatorConfig
-from medfed.privacy.statement import statement
+from medfed.privacy.statement import NOT_CLAIMED, holds_against
 from medfed.study import Study
 from medfed.wire import upload_size_bytes
 
 
 class Cost(TypedDict):
-    """Epsilons of one study, upper bounds, at ``delta``. ``epsilon`` counts all attempts: that is what is reserved."""
+    """Epsilons of one study, upper bounds, at ``delta``. ``epsilon`` counts all attempts: that is what is reserved; the smaller
+    of ``epsilon_rdp`` and ``epsilon_pld`` (null where that bound has none), as ``accountant`` says."""
 
     epsilon: float
+    epsilon_rdp: float
+    epsilon_pld: float | None
+    accountant: str
     epsilon_without_spares: float
     epsilon_own_noise_alone: float
     delta: float
@@ -33,10 +37,12 @@ class Cost(TypedDict):
 
 
 class Lifetime(TypedDict):
-    """Epsilons at ``delta`` of all studies on these patients together."""
+    """Epsilons at ``delta`` of all studies on these patients together, as of a list known beforehand. ``filter_after``: what
+    the privacy filter holds against ``cap``, true also when studies are chosen by earlier results."""
 
     before: float
     after: float
+    filter_after: float
     cap: float
     delta: float
 
@@ -94,7 +100,11 @@ def cost(study: Study, plan: Plan, caps: Caps) -> Cost:
     """What the study alone costs a patient."""
     return Cost(
         epsilon=plan.epsilon,
-        epsilon_without_spares=plan.epsilon_after(study.released_sums),
+        epsilon_rdp=plan.bounds.rdp,
+        epsilon_pld=plan.bounds.pld,
+        accountant=plan.bounds.accountant,
+        # whatever else a study has is paid for with the first attempt
+        epsilon_without_spares=plan.epsilon_after(study.training.rounds),
         epsilon_own_noise_alone=plan.own_epsilon,
         delta=plan.delta,
         rounds=study.training.rounds,
@@ -108,7 +118,6 @@ def cost(study: Study, plan: Plan, caps: Caps) -> Cost:
 def card(reviewed: Review, outlook: ApprovalOutlook, caps: Caps, *, coordinator_confirmed: bool) -> Card:
     """Gather what ``in_words`` tells."""
     study, plan, patients = reviewed.study, reviewed.plan, reviewed.records.patients
-    said = statement(study, plan, 0, {})
     return Card(
         study=study.study.name,
         study_sha256=study.hash().hex(),
@@ -127,12 +136,13 @@ def card(reviewed: Review, outlook: ApprovalOutlook, caps: Caps, *, coordinator_
         holdout_patients=reviewed.holdout_patients,
         mode=study.privacy.mode,
         unit=study.privacy.unit,
-        holds_against=said["holds_against"],
-        not_claimed=said["not_claimed"],
+        holds_against=holds_against(study),
+        not_claimed=NOT_CLAIMED,
         cost=cost(study, plan, caps),
         lifetime=Lifetime(
             before=outlook.lifetime_before,
             after=outlook.lifetime_after,
+            filter_after=outlook.filter_after,
             cap=caps.max_epsilon_lifetime,
             delta=caps.lifetime_delta,
         ),
@@ -248,6 +258,7 @@ def _cost(asked: Card) -> Iterator[str]:
         f"{_figure(price['epsilon_without_spares'])} if no spare is needed; your cap for a study is "
         f"{price['max_epsilon_study']:g}"
     )
+    yield f"  {bound_in_words(price)}"
     if price["statistics_attempts"]:
         yield (
             f"  that counts {price['statistics_attempts']} noised sums over all your training patients before round 1: mean and "
@@ -256,8 +267,9 @@ def _cost(asked: Card) -> Iterator[str]:
     if price["local_steps"] > 1:
         yield f"  that counts {price['local_steps']} private steps here in every round; only what they come to leaves"
     yield (
-        f"  these patients' lifetime: {_figure(lifetime['before'])} before, {_figure(lifetime['after'])} with this study; "
-        f"your cap is {lifetime['cap']:g} (delta {lifetime['delta']:g})"
+        f"  these patients' lifetime: {_figure(lifetime['before'])} before, {_figure(lifetime['after'])} with this study "
+        f"(delta {lifetime['delta']:g}); the privacy filter counts {_figure(lifetime['filter_after'])} against your cap "
+        f"{lifetime['cap']:g}"
     )
     yield f"  mode {asked['mode']}: holds against {asked['holds_against']}"
     if asked["mode"] == "distributed":
@@ -265,6 +277,16 @@ def _cost(asked: Card) -> Iterator[str]:
             f"  your own noise alone, should the secure sum fail: epsilon {_figure(price['epsilon_own_noise_alone'])}"
         )
     yield f"  not claimed: {asked['not_claimed']}"
+
+
+def bound_in_words(price: Cost) -> str:
+    """Which of the two bounds ``epsilon`` is, and what the other says."""
+    if price["epsilon_pld"] is None:
+        return "by Renyi divergence; the noise is outside what loss distributions are proven for"
+    rdp, pld = _figure(price["epsilon_rdp"]), _figure(price["epsilon_pld"])
+    if price["accountant"] == "pld":
+        return f"by the privacy loss distribution; Renyi divergence, which the lifetime counts, says {rdp}"
+    return f"by Renyi divergence; the privacy loss distribution says {pld}"
 
 
 def _who(asked: Card) -> Iterator[str]:

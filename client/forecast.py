@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from medfed.client.approval import caps_of
-from medfed.client.explain import Cost, Lifetime, cost
-from medfed.client.ledger import Approval, Caps, LedgerView
+from medfed.client.approval import caps_of, pinned_holdout
+from medfed.client.explain import Cost, Lifetime, bound_in_words, cost
+from medfed.client.ledger import Approval, LedgerView
+from medfed.client.outlook import WANTED, Outlook, outlook
+from medfed.client.outlook import in_words as outlook_in_words
 from medfed.client.site import Site
 from medfed.display import shown
-from medfed.errors import BudgetExhausted, MedfedError, PrivacyError
+from medfed.errors import MedfedError, PrivacyError
 from medfed.models import catalogue, parameters
 from medfed.privacy.plan import Plan, make_plan
 from medfed.roster import load_enrolment
 from medfed.study import Study, load_study
-
-_NO_CAP = 1e12
 
 
 class Forecast(TypedDict):
@@ -29,14 +28,17 @@ class Forecast(TypedDict):
     study_sha256: str
     patients: int | None
     cost: Cost
+    outlook: Outlook
     lifetime: Lifetime | None
     attempts: int
     attempts_that_fit: int | None
     refusals: list[str]
 
 
-def forecast(site: Site, study_path: Path, ledger: LedgerView) -> Forecast:
+def forecast(site: Site, study_path: Path, ledger: LedgerView, wanted: Sequence[float] = WANTED) -> Forecast:
     """Work a study out against this hospital's data, policy and ledger; needs neither roster nor first model.
+
+    ``wanted``: epsilons to tell the noise for. Of the data the patients' ids are used, for their account, and nothing else.
 
     Raises ``ConfigError`` for files that cannot be read, MF-125 for a study that is in the ledger already; what else
     would stop it is told in ``refusals``.
@@ -44,7 +46,8 @@ def forecast(site: Site, study_path: Path, ledger: LedgerView) -> Forecast:
     study = load_study(site.seams.files, study_path)
     if any(known.approval.study == study.hash() for known in ledger.studies()):
         raise PrivacyError(125, "this study was approved here already", "medfed-client budget shows what it costs")
-    plan = make_plan(study, parameters.count(catalogue.build(study)))
+    model = catalogue.build(study)
+    plan = make_plan(study, parameters.count(model))
     caps = caps_of(site)
     refusals: list[str] = []
     _collect(refusals, lambda: _check_study(site, study, plan))
@@ -56,20 +59,23 @@ def forecast(site: Site, study_path: Path, ledger: LedgerView) -> Forecast:
     lifetime, fitting = None, None
     if patients:
         approval = _approval(site, study, plan)
-        outlook = ledger.preview(approval, patients, Caps(_NO_CAP, _NO_CAP, caps.lifetime_delta))
+        seen = ledger.outlook(approval, patients, caps)
         lifetime = Lifetime(
-            before=outlook.lifetime_before,
-            after=outlook.lifetime_after,
+            before=seen.lifetime_before,
+            after=seen.lifetime_after,
+            filter_after=seen.filter_after,
             cap=caps.max_epsilon_lifetime,
             delta=caps.lifetime_delta,
         )
         _collect(refusals, lambda: ledger.preview(approval, patients, caps))
-        fitting = _attempts_that_fit(ledger, approval, patients, caps)
+        fitting = ledger.attempts_that_fit(approval, patients, caps)
+    declared = load_enrolment(site.seams.files, site.enrolment_path).nominal_patients
     return Forecast(
         study=study.study.name,
         study_sha256=study.hash().hex(),
         patients=len(patients) or None,
         cost=cost(study, plan, caps),
+        outlook=outlook(study, plan, model, patients=declared, wanted=wanted, clock=site.seams.clock),
         lifetime=lifetime,
         attempts=plan.attempts,
         attempts_that_fit=fitting,
@@ -106,21 +112,9 @@ def _approval(site: Site, study: Study, plan: Plan) -> Approval:
         nominal_patients=load_enrolment(site.seams.files, site.enrolment_path).nominal_patients,
         unconfirmed=(),
         approved_wall_s=site.seams.clock.wall(),
+        stages=study.stages,
+        holdout=pinned_holdout(site, study),
     )
-
-
-def _attempts_that_fit(ledger: LedgerView, approval: Approval, patients: tuple[bytes, ...], caps: Caps) -> int:
-    """The largest number of the study's attempts under both caps, by bisection: epsilon grows with every attempt."""
-    fits, fails = 0, approval.attempts + 1
-    while fails - fits > 1:
-        middle = (fits + fails) // 2
-        try:
-            ledger.preview(replace(approval, attempts=middle), patients, caps)
-        except BudgetExhausted:
-            fails = middle
-        else:
-            fits = middle
-    return fits
 
 
 def in_words(planned: Forecast) -> Iterator[str]:
@@ -132,6 +126,7 @@ def in_words(planned: Forecast) -> Iterator[str]:
         f"{price['epsilon_without_spares']:.4g} without spares (delta {price['delta']:g}, cap "
         f"{price['max_epsilon_study']:g})"
     )
+    yield f"  {bound_in_words(price)}"
     if price["statistics_attempts"]:
         yield f"  counting {price['statistics_attempts']} noised sums over all patients before round 1"
     if price["local_steps"] > 1:
@@ -140,9 +135,11 @@ def in_words(planned: Forecast) -> Iterator[str]:
     if lifetime is not None:
         yield (
             f"  lifetime of its {planned['patients']} patients: {lifetime['before']:.4g} before, {lifetime['after']:.4g} "
-            f"after (delta {lifetime['delta']:g}, cap {lifetime['cap']:g})"
+            f"after (delta {lifetime['delta']:g}); the privacy filter counts {lifetime['filter_after']:.4g} against the cap "
+            f"{lifetime['cap']:g}"
         )
         yield f"  {planned['attempts_that_fit']} of its {planned['attempts']} attempts fit under the caps"
+    yield from outlook_in_words(planned["outlook"])
     if planned["refusals"]:
         yield "It would be refused:"
         yield from (f"  {refusal}" for refusal in planned["refusals"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from medfed.advance import state_size_bytes
 from medfed.client.participation import Participation
@@ -34,6 +34,8 @@ class Hospital:
     """
 
     def __init__(self, identity: Identity, participations: Iterable[Participation]) -> None:
+        """``on_lock`` is called whenever a request is refused because the ledger is locked."""
+        self.on_lock: Callable[[], None] = lambda: None
         self._identity = identity
         self._studies = {part.study_hash: part for part in participations}
         known = [part.approved for part in self._studies.values()]
@@ -48,6 +50,11 @@ class Hospital:
     def participations(self) -> tuple[Participation, ...]:
         """Its part in every study it answers for."""
         return tuple(self._studies.values())
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether its ledger is an old or a second copy (MF-405): then it refuses everything."""
+        return any(part.is_locked for part in self._studies.values())
 
     @property
     def studies(self) -> list[str]:
@@ -75,8 +82,11 @@ class Hospital:
         try:
             return part.answer(message)
         except Refuse as refusal:
-            level = logging.WARNING if refusal.reason is Refused.INTERNAL else logging.INFO  # a fault of our own
+            own_fault = refusal.reason in (Refused.INTERNAL, Refused.LEDGER_BEHIND)
+            level = logging.WARNING if own_fault else logging.INFO
             log.log(level, "refused %s: %s (%s)", type(message).__name__, refusal.reason.name, refusal.cause)
+            if refusal.reason is Refused.LEDGER_BEHIND:
+                self.on_lock()
             return self._refusal(message, refusal.reason, part.approved.position)
 
     def _refusal(self, message: Message, reason: Refused, position: int) -> bytes:

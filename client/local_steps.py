@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medfed.client.approved import Approved
+from medfed.client.noise_beside import drawn_beside
 from medfed.client.trainer import gradient_sum
 from medfed.errors import LocalProtocolError
 from medfed.privacy.quantize import BLOCK, dequantize, quantize
@@ -31,16 +32,19 @@ def noised_sum(approved: Approved, weights: NDArray[np.float32], entropy: Entrop
     """Clipped sum at ``weights`` -> saturated integers + fresh integer noise, never clipped again: int64[d], in units of
     2^-noise_exponent. One privacy event: sampling and noise are drawn anew at every call."""
     plan = approved.plan
-    total = gradient_sum(
-        approved.study,
-        approved.model,
-        weights,
-        approved.patients,
-        sampling_key=entropy.draw("sampling", 64),
-        compute=approved.compute,
-    )
-    integers = quantize(total, plan.noise_exponent, plan.noise_limit)
-    integers += noise(entropy.draw("noise", 32), plan.noise_sd, plan.words)
+    sampling_key, noise_key = entropy.draw("sampling", 64), entropy.draw("noise", 32)
+    with drawn_beside(lambda: noise(noise_key, plan.noise_sd, plan.words), plan.words) as drawn:
+        total = gradient_sum(
+            approved.study,
+            approved.model,
+            weights,
+            approved.patients,
+            sampling_key=sampling_key,
+            compute=approved.compute,
+        )
+        integers = quantize(total, plan.noise_exponent, plan.noise_limit)
+        del total  # of a big model as large as the noise
+        integers += drawn.take()
     return integers
 
 

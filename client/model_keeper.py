@@ -7,6 +7,7 @@ got there the first way or the second, so that one honest hospital spent an atte
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -158,14 +159,21 @@ class ModelKeeper:
             return self._approved.first
         return state
 
-    def write_model(self) -> None:
-        """The final model for use on site, and its scores on this hospital's own held-out patients, never sent."""
+    def write_model(self) -> bytes:
+        """The final model for use on site, and its scores on this hospital's own held-out patients, never sent.
+
+        Returns the SHA-256 of its file.
+        """
         approved = self._approved
         flat = released_weights(self.state, approved.study)
-        self._files.write(approved.folder / "model.safetensors", parameters.to_safetensors(approved.model, flat))
+        data = parameters.to_safetensors(approved.model, flat)
+        self._files.write(approved.folder / "model.safetensors", data)
+        digest = hashlib.sha256(data).digest()
+        del data  # of a big model as much again
         parameters.assign(approved.model, flat)
         if len(approved.holdout.labels):
             scores = tasks.evaluate(approved.model, approved.study.task, approved.holdout)
             report = {"evaluation": "own holdout, never sent", **scores}
             log.info("on %d own held-out records: %s", len(approved.holdout.labels), scores)
             self._files.write(approved.folder / "evaluation.json", json.dumps(report, indent=1).encode(), private=True)
+        return digest

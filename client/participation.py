@@ -18,13 +18,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from medfed.advance import ModelState, advance, is_before_statistics, task_hash
+from medfed.advance import ModelState, advance, is_before_metrics, is_before_statistics, task_hash
 from medfed.client.approved import Approved
 from medfed.client.ledger import AttemptState, Caps, Ledger, StudyState
 from medfed.client.local_steps import LocalUpdate, Noise, noised_sum, private_update, weighted_words
+from medfed.client.metrics import metrics_sum
 from medfed.client.model_keeper import Advance, ModelKeeper
 from medfed.client.refusal import Refuse
+from medfed.client.statement import agreed, finished, keep, signed
 from medfed.client.statistics import statistics_sum, with_standardized_patients
+from medfed.client.witnesses import HeadsOfSession, Witnesses
 from medfed.errors import BudgetExhausted, MedfedError, ProtocolError
 from medfed.identity import Identity
 from medfed.privacy.secagg.party import Party
@@ -32,7 +35,6 @@ from medfed.privacy.secagg.protocol import SecaggConfig
 from medfed.seams import Seams
 from medfed.wire import (
     Finish,
-    Finished,
     Message,
     OfferReply,
     Refused,
@@ -44,6 +46,7 @@ from medfed.wire import (
     encode,
     expect,
 )
+from medfed.witness import Head, newest, read_heads, with_heads
 
 log = logging.getLogger("medfed.client")
 
@@ -56,6 +59,7 @@ class Participation:
         approved: Approved,
         identity: Identity,
         ledger: Ledger,
+        witnesses: Witnesses,
         caps: Caps,
         seams: Seams,
         noise: Noise,
@@ -72,6 +76,7 @@ class Participation:
         self.study_hash = approved.study.hash()
         self._identity = identity
         self._ledger = ledger
+        self._witnesses = witnesses
         self._caps = caps
         self._seams = seams
         self._noise = noise
@@ -79,6 +84,7 @@ class Participation:
         self._stop = stop
         self._session = b""
         self._offer_reply = b""
+        self._heads = HeadsOfSession(())
         self._party: Party | None = None
         self._offers: tuple[bytes, ...] | None = None
         self._standardized: tuple[bytes, Approved] | None = None
@@ -87,6 +93,11 @@ class Participation:
     @property
     def completed_rounds(self) -> int:
         return self._keeper.state.completed_rounds
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether others saw rows of the ledger that it does not have: every request is refused."""
+        return self._witnesses.is_locked
 
     @property
     def is_expired(self) -> bool:
@@ -101,13 +112,26 @@ class Participation:
 
     def answer(self, message: Message) -> bytes:
         """The reply frame to a request whose signature was checked. Raises ``Refuse``."""
+        heads = self._checked_heads(message)
         if isinstance(message, SetupRequest):
             return self._set_up(message)
         if isinstance(message, RoundRequest):
-            return self._take_part(message)
+            return self._take_part(message, heads)
         if isinstance(message, StateTransfer):
             return self._take_state(message)
-        return self._finish(expect(message, Finish))
+        reply = self._finish(expect(message, Finish))
+        self._witnesses.keep(heads, self.approved.roster.identities)
+        return reply
+
+    def _checked_heads(self, message: Message) -> tuple[tuple[int, Head], ...]:
+        """The heads of ledgers in ``message``, first of all held against this hospital's own; refused once that is locked.
+
+        Before anything else is done: whatever is written into an old ledger only makes it a second one.
+        """
+        items = message.heads if isinstance(message, SetupRequest | RoundRequest | Finish) else ()
+        heads = read_heads(items, self.approved.roster.identities)
+        self._witnesses.face(head for position, head in heads if position == self.approved.position)
+        return heads
 
     # --- session ---------------------------------------------------------------------------------------------------
 
@@ -127,14 +151,16 @@ class Participation:
                 ring_bits=approved.study.quantization.ring_bits,
             )
             party = Party(config, self._identity.sign, self._seams.entropy)
+            told = self._witnesses.told(approved.roster.identities)
             reply = OfferReply(
                 self.study_hash,
                 request.session,
                 approved.position,
                 self._ledger.highest_attempt(self.study_hash),
+                told,
                 party.offer(),
             )
-            self._party, self._session = party, request.session
+            self._party, self._session, self._heads = party, request.session, HeadsOfSession(told)
             self._offer_reply = encode(reply, self._identity)
         return self._offer_reply
 
@@ -147,7 +173,7 @@ class Participation:
 
     # --- a round ---------------------------------------------------------------------------------------------------
 
-    def _take_part(self, request: RoundRequest) -> bytes:
+    def _take_part(self, request: RoundRequest, heads: tuple[tuple[int, Head], ...]) -> bytes:
         self._check_open()
         sealed = self._sealed_reply(request)
         if sealed is not None:
@@ -160,8 +186,13 @@ class Participation:
         if request.round >= self.approved.study.released_sums:
             raise Refuse(Refused.OUT_OF_ORDER, "all rounds are done")
         self._accept_offers(party, request.offers)
+        identities, latest = self.approved.roster.identities, newest(heads)
+        self._heads.require(request.round, request.heads, latest, len(identities))
         self._catch_up(request.round, request.total, request.state_hash)
         self._reserve(request)
+        self._heads.accept(request.round, latest)
+        self._witnesses.keep(heads, identities)
+        began = self._seams.clock.monotonic()
         try:
             reply = self._train_and_seal(party, request)
         except Exception as error:  # whatever it was, the attempt is over and stays charged
@@ -170,6 +201,7 @@ class Participation:
             log.debug("attempt %d failed", request.attempt, exc_info=True)  # with --debug only
             with contextlib.suppress(MedfedError):  # a ledger that cannot be written: the row stays, still charged
                 self._abandon(request.attempt, cause[:80])
+            self._wait_for_slot(began)
             raise Refuse(Refused.INTERNAL, cause) from error
         return reply
 
@@ -223,9 +255,11 @@ class Participation:
     def _train_and_seal(self, party: Party, request: RoundRequest) -> bytes:
         """From here on the attempt is charged."""
         clock, started = self._seams.clock, self._seams.clock.monotonic()
+        head = self._ledger.head()
         vector = self._noised_vector()
         trained = clock.monotonic()
-        party.open_round(request.attempt, task_hash(self.study_hash, self._keeper.state))
+        task = task_hash(self.study_hash, self._keeper.state)
+        party.open_round(request.attempt, with_heads(task, request.heads))
         vector_hash = hashlib.sha256(np.ascontiguousarray(vector, "<i8").data).digest()
         masked = party.mask(vector)
         del vector  # of a big model twice its size; what it became is all that is needed
@@ -238,6 +272,7 @@ class Participation:
                 request.attempt,
                 request.round,
                 self._keeper.attestation(),
+                head.to_bytes(),
                 masked.payload,
             ),
             self._identity,
@@ -251,10 +286,12 @@ class Participation:
         return reply
 
     def _noised_vector(self) -> NDArray[np.int64]:
-        """What is masked, int64[ring_words]: statistics, a noised sum, or the update that local steps made of several."""
+        """What is masked, int64[ring_words]: statistics, a noised sum, the update that local steps made of several, metrics."""
         state, entropy = self._keeper.state, self._seams.entropy
         if is_before_statistics(self.approved.study, state):
             vector = statistics_sum(self.approved, entropy, self._noise)
+        elif is_before_metrics(self.approved.study, state):
+            vector = metrics_sum(self.approved, state, entropy, self._noise)
         elif self.approved.study.training.aggregate == "update":
             approved = self._training_at(state)
             vector = weighted_words(approved, self._local_update(approved, state.weights, entropy, self._noise))
@@ -273,7 +310,8 @@ class Participation:
         return self._standardized[1]
 
     def _wait_for_slot(self, started: float) -> None:
-        """Leave a whole number of slots after the request came, so that the time says nothing of the patients."""
+        """Leave a whole number of slots after the request came, so that the time says nothing of the patients: an upload, and
+        the word that there is none once training has begun."""
         slot = self.approved.study.deadlines.slot_s
         if slot is not None:
             elapsed = self._seams.clock.monotonic() - started
@@ -309,19 +347,22 @@ class Participation:
         return encode(accepted, self._identity)
 
     def _finish(self, request: Finish) -> bytes:
-        """The last sum: compute, keep, score and sign the final model; the study is closed and its spares are freed."""
+        """The last sum: compute, keep, score the final model, sign it and what is said of its privacy.
+
+        The study is closed and its spares are freed. Asked again, this hospital signs the same.
+        """
         if request.round != self.approved.study.released_sums:
             raise Refuse(Refused.OUT_OF_ORDER, "a study ends after its last round")
         self._catch_up(request.round, request.total, request.state_hash)
-        self._keeper.write_model()
+        model = self._keeper.write_model()
+        said = agreed(self.approved, request, model, self._ledger.highest_attempt(self.study_hash))
         if self.is_open:
             self._ledger.close_study(self.study_hash, "all rounds done")
             log.info("%s is done; the model is in %s", self.approved.study.study.name, self.approved.folder)
         self._end_session()
-        reply = Finished(
-            self.study_hash, request.nonce, self.approved.position, request.round, self._keeper.attestation()
-        )
-        return encode(reply, self._identity)
+        mine = signed(self.approved, said, self._ledger, self._identity)
+        keep(self.approved, said, request.statement_signature, mine, self._seams.files)
+        return encode(finished(request, mine), self._identity)
 
     # --- disk --------------------------------------------------------------------------------------------------------
 
@@ -340,6 +381,6 @@ class Participation:
 
 def _binding(request: RoundRequest) -> bytes:
     """What a stored reply answers: every field of the request but the sum, which the state's hash stands for."""
-    parts = (request.session, request.nonce, request.state_hash, *request.offers)
+    parts = (request.session, request.nonce, request.state_hash, *request.offers, *request.heads)
     numbers = request.attempt.to_bytes(4, "big") + request.round.to_bytes(4, "big")
     return hashlib.sha256(numbers + b"".join(hashlib.sha256(part).digest() for part in parts)).digest()

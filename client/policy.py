@@ -7,13 +7,14 @@ default: a hospital that has not decided does not take part.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from medfed.client.ledger import Caps
 from medfed.errors import PrivacyError
 from medfed.health import HealthSection
+from medfed.model_choice import ModelName
 from medfed.seams import Files
 from medfed.study import Study
 from medfed.toml_files import StrictModel, load
@@ -91,11 +92,13 @@ class DataSection(StrictModel):
 class ComputeSection(StrictModel):
     """What gradients of deep models may use. ``device``: ``auto`` is CUDA where it is usable, else the processor.
 
-    ``memory_gib``: most of a GPU's memory that this process takes, and least that must be free when it starts.
+    ``memory_gib``: most of a GPU's memory that this process takes, and least that must be free when it starts. ``engine``: what
+    takes gradients record by record; ``auto`` is Opacus, the only one there is.
     """
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:[0-9]{1,2})$")] = "auto"
     memory_gib: Annotated[float, Field(gt=0, le=4096)] | None = None
+    engine: Literal["auto", "opacus"] = "auto"
 
 
 class Policy(StrictModel):
@@ -107,9 +110,13 @@ class Policy(StrictModel):
     max_delta: Annotated[float, Field(gt=0, le=0.01)]
     min_noise_multiplier: Annotated[float, Field(gt=0, le=10_000)]
     min_hospitals: Annotated[int, Field(ge=MIN_HOSPITALS, le=128)]
+    min_honest: Annotated[int, Field(ge=2, le=127, description="least number of hospitals beyond the colluders")]
     min_colluders: Annotated[int, Field(ge=1, le=126, description="how many bad hospitals a study must allow for")]
     modes: Annotated[list[Literal["local", "distributed"]], Field(min_length=1, max_length=2)]
     units: Annotated[list[Literal["patient", "record"]], Field(min_length=1, max_length=2)]
+    tasks: Annotated[list[Literal["binary", "multiclass"]], Field(min_length=1, max_length=2)]
+    models: Annotated[list[ModelName], Field(min_length=1, max_length=len(get_args(ModelName)))]
+    max_sampling_rate: Annotated[float, Field(gt=0, le=1)]
     max_attempts: Annotated[int, Field(ge=1, le=110_000)]
     max_records_per_patient: Annotated[int, Field(ge=1, le=10_000)]
 
@@ -127,8 +134,8 @@ class Policy(StrictModel):
     def admit(self, study: Study) -> None:
         """Raise ``PrivacyError`` for the first bound that ``study`` breaks.
 
-        130 noise multiplier, 131 delta, 132 attempts, 134 mode, unit or record cap, 140 too few hospitals, 141
-        colluders. Epsilon is not judged here: the ledger does (MF-501), over the whole account.
+        130 noise multiplier, 131 delta, 132 attempts or sampling rate, 134 mode, task, model, unit or record cap, 140
+        too few hospitals, 141 colluders. Epsilon is not judged here: the ledger does (MF-501), over the whole account.
         """
         self._admit_noise(study)
         self._admit_kind(study)
@@ -137,8 +144,8 @@ class Policy(StrictModel):
     def _admit_noise(self, study: Study) -> None:
         privacy, attempts = study.privacy, study.attempts
         # written so that a NaN is refused as well
-        statistics = privacy if study.statistics is None else study.statistics
-        multiplier = min(privacy.noise_multiplier, statistics.noise_multiplier)
+        beside = [part.noise_multiplier for part in (study.statistics, study.metrics) if part is not None]
+        multiplier = min([privacy.noise_multiplier, *(each or 0.0 for each in beside)])
         _need(
             multiplier >= self.min_noise_multiplier and multiplier < float("inf"),
             130,
@@ -152,10 +159,10 @@ class Policy(StrictModel):
             "max_delta",
         )
         _need(
-            0 < privacy.sampling_rate <= 1,
+            0 < privacy.sampling_rate <= self.max_sampling_rate,
             132,
-            f"sampling rate {privacy.sampling_rate:g} is outside (0, 1]",
-            None,
+            f"sampling rate {privacy.sampling_rate:g} is above this hospital's {self.max_sampling_rate:g}",
+            "max_sampling_rate",
         )
         _need(
             1 <= attempts <= self.max_attempts,
@@ -168,6 +175,9 @@ class Policy(StrictModel):
     def _admit_kind(self, study: Study) -> None:
         privacy, most = study.privacy, study.data.max_records_per_patient
         _need(privacy.mode in self.modes, 134, f'mode "{privacy.mode}" is not allowed here', "modes")
+        task, model = study.task.kind, study.model.name
+        _need(task in self.tasks, 134, f'tasks of kind "{task}" are not allowed here', "tasks")
+        _need(model in self.models, 134, f'model "{model}" is not allowed here', "models")
         _need(privacy.unit in self.units, 134, f'privacy unit "{privacy.unit}" is not allowed here', "units")
         _need(
             1 <= most <= self.max_records_per_patient,
@@ -191,10 +201,11 @@ class Policy(StrictModel):
             "min_colluders",
         )
         _need(
-            cohort.hospitals - cohort.colluders >= 2,
+            cohort.hospitals - cohort.colluders >= self.min_honest,
             141,
-            f"{cohort.colluders} colluders leave fewer than two honest hospitals of {cohort.hospitals}",
-            None,
+            f"{cohort.colluders} colluders leave {cohort.hospitals - cohort.colluders} honest hospitals of {cohort.hospitals}, "
+            f"this hospital wants {self.min_honest}",
+            "min_honest",
         )
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from medfed.client.ledger import Ledger
 from medfed.client.policy import HospitalConfig
 from medfed.client.site import CONFIG_NAME, PATIENTS_KEY_BYTES, Site, load_site
 from medfed.errors import ConfigError
 from medfed.identity import create_identity, create_node_key
+from medfed.model_choice import ModelName
 from medfed.roster import Enrolment, check_nominal_patients, enrol, load_enrolment
 from medfed.seams import Seams
 from medfed.toml_files import parse, quoted
@@ -109,19 +111,29 @@ lifetime_delta = {options.lifetime_delta}         # the delta at which the lifet
 max_delta = {options.max_delta}              # largest delta of a study
 min_noise_multiplier = 0.5           # less noise than this is no protection worth the name
 min_hospitals = 3                    # fewest hospitals in a sum
+min_honest = 2                       # hospitals that must be left beyond those: the noise is shared among them
 min_colluders = {options.min_colluders}                    # a study must withstand at least this many hospitals colluding
 modes = ["local", "distributed"]     # local: this hospital's noise alone protects; distributed: shared noise
 units = ["patient"]                  # "record" protects one record, not a person: add it only if you mean it
+tasks = ["binary", "multiclass"]     # kinds of prediction
+models = {_models()}
+max_sampling_rate = 1.0              # largest chance of a patient to be in a step
 max_attempts = 10000                 # most rounds and spare attempts of a study
 max_records_per_patient = 1000       # largest cap a study may ask for
 
 # [compute]                          # for images, series and texts; tables stay on the processor
 # device = "auto"                    # a CUDA GPU where it is usable, else the processor; or "cpu", "cuda", "cuda:1"
 # memory_gib = 8.0                   # most of the GPU's memory to take, and least that must be free
+# engine = "auto"                    # what takes gradients record by record: "opacus", the only one there is
 
 # [health]                           # for probes (gRPC health service): says serving or not, and nothing else
 # address = "127.0.0.1:8081"
 """
+
+
+def _models() -> str:
+    """Every model there is, to be struck out by hand."""
+    return "[" + ", ".join(quoted(name) for name in get_args(ModelName)) + "]"
 
 
 def _line(key: str, value: str | None, example: str) -> str:

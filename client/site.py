@@ -5,7 +5,8 @@ identity.key       Ed25519, signs everything this hospital says
 node.key           EC P-384, Flower's connection key
 patients.key       secret of the keyed hashes of patient ids
 enrolment.json     the public document to hand to the coordinator and the other hospitals
-ledger.db          privacy spending
+ledger.db          privacy spending; ledger.db.behind: a later row that others saw of it, which locks it
+witnesses.bin      the newest heads of the peers' ledgers
 studies/HASH/      one approved study: plan, roster, model state, outbox, final model
 """
 

@@ -19,11 +19,12 @@ def statistics_sum(approved: Approved, entropy: Entropy, noise: Noise) -> NDArra
     """Every patient's share of means, squares and number, in whole grid units, summed, saturated and noised: int64[2f + 1].
 
     One privacy event without sampling. Integers are added up, so that a patient more moves the sum by exactly that patient's
-    share, whoever else is in it.
+    share, whoever else is in it. A patient who is not a number adds nothing, silently: a refusal would tell of that patient.
     """
     plan, patients = approved.plan, approved.patients
     inputs = np.asarray(patients.records.inputs, np.float32)
     shares = standardization.shares(approved.study, inputs, patients.unit, patients.count)
+    shares = np.where(np.isfinite(shares).all(axis=1, keepdims=True), shares, 0.0)
     units = quantize(shares.ravel(), plan.statistics_exponent, plan.limit).reshape(shares.shape)
     total = units.sum(axis=0)
     saturated: NDArray[np.int64] = np.clip(total, -plan.limit, plan.limit)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from medfed.client.budget import StudyBudget, budget
 from medfed.client.control import SOCKET_NAME, DaemonNow, StudyNow, ask_status, ask_to_stop
-from medfed.client.ledger import AttemptState, Ledger, LedgerView
+from medfed.client.ledger import AttemptState, Ledger, LedgerView, require_unlocked
 from medfed.client.site import Site
 from medfed.display import shown
 from medfed.errors import MedfedError
@@ -39,7 +39,7 @@ class _RoundNote(BaseModel):
 class StudyStatus(StudyBudget):
     """``round``: of the last attempt charged here, 0 before the first; ``completed_rounds``: whose sums have come back.
 
-    None where it is not known: ``completed_rounds`` and ``device`` without a process, ``rounds`` without the study's
+    None where it is not known: ``completed_rounds``, ``device`` and ``engine`` without a process, ``rounds`` without the study's
     file, ``last_round_s`` before the first round.
     """
 
@@ -49,12 +49,18 @@ class StudyStatus(StudyBudget):
     under_way: bool
     last_round_s: float | None
     device: str | None
+    engine: str | None
 
 
 class Status(TypedDict):
-    """``since`` and ``connection_since``: seconds since 1970. All but name, ``running`` and studies None without a process."""
+    """How a hospital stands.
+
+    ``since`` and ``connection_since``: seconds since 1970. ``locked``: why the ledger is locked (MF-405), None if it is not.
+    All but name, ``locked``, ``running`` and studies are None without a process.
+    """
 
     hospital: str
+    locked: str | None
     running: bool
     pid: int | None
     version: str | None
@@ -70,11 +76,13 @@ def status(site: Site) -> Status:
     """How the hospital of this folder stands."""
     now = ask_status(site.folder / SOCKET_NAME)
     with LedgerView.inspect(site.seams.files, site.ledger_path, site.identity()) as ledger:
+        locked = _why_locked(site, ledger)
         spent = budget(ledger, site.config.policy.caps)["studies"]
         at_work = {} if now is None else {each.study_sha256: each for each in now.studies}
         studies = [_study(site, ledger, each, at_work.get(each["study_sha256"])) for each in spent]
     return Status(
         hospital=site.config.hospital.name,
+        locked=locked,
         running=now is not None,
         pid=now.pid if now else None,
         version=now.version if now else None,
@@ -85,6 +93,14 @@ def status(site: Site) -> Status:
         why_not_connected=_why_not(now),
         studies=studies,
     )
+
+
+def _why_locked(site: Site, ledger: LedgerView) -> str | None:
+    try:
+        require_unlocked(site.seams.files, site.ledger_path, ledger, site.identity().public)
+    except MedfedError as error:
+        return str(error)
+    return None
 
 
 def _why_not(now: DaemonNow | None) -> str | None:
@@ -103,6 +119,7 @@ def _study(site: Site, ledger: LedgerView, spent: StudyBudget, now: StudyNow | N
         under_way=is_reserved and now is not None,
         last_round_s=_last_round_s(site, study),
         device=now.device if now else None,
+        engine=now.engine if now else None,
     )
 
 
@@ -143,6 +160,8 @@ def in_words(status: Status) -> Iterator[str]:
             yield f"  connected since {_when(status['connection_since'])}"
         else:
             yield f"  not connected since {_when(status['connection_since'])}: {status['why_not_connected']}"
+    if status["locked"] is not None:
+        yield f"  LOCKED, nothing leaves this hospital: {status['locked']}"
     if not status["studies"]:
         yield "  no study was approved"
     for study in status["studies"]:
@@ -153,7 +172,7 @@ def _study_in_words(study: StudyStatus) -> Iterator[str]:
     yield (
         f"  {shown(study['study'])} ({study['study_sha256'][:12]}, {study['state']}): round {study['round']} of "
         f"{'?' if study['rounds'] is None else study['rounds']}{', at work' if study['under_way'] else ''}"
-        f"{'' if study['device'] is None else ', on ' + study['device']}"
+        f"{'' if study['device'] is None else ', on ' + study['device'] + ' by ' + str(study['engine'])}"
     )
     yield (
         f"    attempts: {study['attempts_used']} used, {study['attempts_left']} left; epsilon: "

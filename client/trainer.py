@@ -14,6 +14,7 @@ from torch import nn
 from medfed.client.compute import Compute
 from medfed.models import catalogue, parameters, tasks
 from medfed.models.records import Records
+from medfed.models.separability import require_separable
 from medfed.privacy.gradients.fixed_batches import clipped_sum_in_fixed_batches
 from medfed.privacy.gradients.opacus_engine import clipped_sum
 from medfed.privacy.gradients.slot_test import Examples, settle_batch
@@ -58,8 +59,9 @@ def gradient_sum(
     Each patient is in with probability ``sampling_rate``, independently (secret coins from ``sampling_key``,
     64 fresh bytes). Of a patient with more records than the study's cap a fresh random subset of that size is used. No
     patient sampled gives zeros: the caller adds noise all the same. ``compute``: for deep models; without it the processor,
-    with a batch tried out anew.
+    with a batch tried out anew. Raises ``UnsupportedModel`` (MF-160) for a model not known to keep patients apart.
     """
+    require_separable(model)
     sampled = poisson_mask(sampling_key[:32], patients.count, study.privacy.sampling_rate)
     lots = Keystream(sampling_key[32:])
     keep = sampled[patients.unit] & _within_cap(patients, study.data.max_records_per_patient, lots)
@@ -127,7 +129,7 @@ def _examples(study: Study) -> Examples:
             inputs = torch.empty(shape, dtype=torch.int64).random_(1, study.data.text.buckets + 1, generator=generator)
         else:
             inputs = torch.empty(shape).normal_(generator=generator)
-        if study.data.kind != "image":
+        if study.data.kind in ("series", "text"):
             ends = torch.empty(count, 1, dtype=torch.int64).random_(1, shape[1] + 1, generator=generator)
             inputs[torch.arange(shape[1]) >= ends] = 0
         return inputs, torch.empty(count, dtype=torch.int64).random_(study.task.classes, generator=generator)
@@ -143,6 +145,14 @@ def _within_cap(patients: Patients, cap: int, lots: Keystream) -> NDArray[np.boo
     keep = np.empty(len(order), np.bool_)
     keep[order] = rank < cap
     return keep
+
+
+def made_up_patients(study: Study, count: int) -> Patients:
+    """``count`` patients of one record each, of the study's form and without any meaning: to try a step's time out."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, labels = _examples(study)(generator, count)
+    records = Records(inputs.numpy(), labels.numpy(), tuple(str(number) for number in range(count)))
+    return number_patients(study, records)
 
 
 def warm_up(study: Study, model: nn.Module, compute: Compute | None = None) -> None:

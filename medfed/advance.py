@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from medfed import standardization
+from medfed import metrics, standardization
 from medfed.errors import RemoteProtocolError
 from medfed.study import Adam, FedAdagrad, FedYogi, Momentum, ServerStep, Study
 from medfed.wire import enc
@@ -42,6 +42,7 @@ class ModelState:
     ``first`` and ``second`` are the server step's moments; ``tail`` is the running sum of the weights after each of the
     last ``average_last_rounds`` rounds, kept where those are more than one. ``statistics``: float32[2f], shift and stretch of
     the standardised inputs, where the study asks for them; the round that finds them is the first and changes nothing else.
+    ``metrics``: float32[m], the noised cells of held-out patients, where the study asks for them; likewise of the last round.
     """
 
     completed_rounds: int
@@ -50,11 +51,12 @@ class ModelState:
     second: Kept
     tail: Kept
     statistics: Kept = field(default_factory=lambda: _NOTHING)
+    metrics: Kept = field(default_factory=lambda: _NOTHING)
     # hashes of this state by study: a state does not change, and hashing tens of megabytes takes a while
     _hashes: dict[bytes, bytes] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("weights", "first", "second", "tail", "statistics"):
+        for name in ("weights", "first", "second", "tail", "statistics", "metrics"):
             fixed = getattr(self, name).view()
             fixed.flags.writeable = False
             object.__setattr__(self, name, fixed)
@@ -62,12 +64,13 @@ class ModelState:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Which arrays a study's states have beside the weights; of ``statistics`` how many numbers."""
+    """Which arrays a study's states have beside the weights; of ``statistics`` and ``metrics`` how many numbers."""
 
     first: bool
     second: bool
     tail: bool
     statistics: int
+    metrics: int
 
     @property
     def arrays(self) -> int:
@@ -77,15 +80,17 @@ class _Layout:
     @property
     def code(self) -> int:
         """One byte of a state's header."""
-        return self.first + 2 * self.second + 4 * self.tail + 8 * (self.statistics > 0)
+        whole = self.first + 2 * self.second + 4 * self.tail
+        return whole + 8 * (self.statistics > 0) + 16 * (self.metrics > 0)
 
 
 def _layout(study: Study) -> _Layout:
     rule = study.training.server_step
-    tail, statistics = study.training.average_last_rounds > 1, 2 * standardization.count(study)
+    tail = study.training.average_last_rounds > 1
+    few = (2 * standardization.count(study), metrics.words(study))
     if isinstance(rule, Momentum):
-        return _Layout(first=rule.momentum > 0.0, second=False, tail=tail, statistics=statistics)
-    return _Layout(first=True, second=True, tail=tail, statistics=statistics)
+        return _Layout(rule.momentum > 0.0, False, tail, *few)
+    return _Layout(True, True, tail, *few)
 
 
 def first_state(weights: NDArray[np.float32], study: Study) -> ModelState:
@@ -99,6 +104,7 @@ def first_state(weights: NDArray[np.float32], study: Study) -> ModelState:
         second=np.full(size, start, np.float32) if layout.second else _NOTHING,
         tail=np.zeros(size, np.float32) if layout.tail else _NOTHING,
         statistics=standardization.neutral(study) if layout.statistics else _NOTHING,
+        metrics=np.zeros(layout.metrics, np.float32),
     )
 
 
@@ -125,7 +131,10 @@ def advance(
     if is_before_statistics(study, state):
         sums = total[: standardization.words(study)].astype(np.float64) * 2.0**-grid_exponent
         found = standardization.from_sum(study, sums)
-        return ModelState(state.completed_rounds + 1, *_arrays(state), found)
+        return ModelState(state.completed_rounds + 1, *_arrays(state), found, state.metrics)
+    if is_before_metrics(study, state):
+        cells = total[: metrics.words(study)].astype(np.float64) * 2.0**-grid_exponent
+        return ModelState(state.completed_rounds + 1, *_arrays(state), state.statistics, cells.astype(np.float32))
     number = state.completed_rounds + 1 - (study.statistics is not None)
     rule = study.training.server_step
     rate = study.training.learning_rate(number)
@@ -147,12 +156,17 @@ def advance(
             if tail.size:
                 before = state.tail[part].astype(np.float64)
                 tail[part] = before + weights[part].astype(np.float64) if averaged else before
-    return ModelState(state.completed_rounds + 1, weights, first, second, tail, state.statistics)
+    return ModelState(state.completed_rounds + 1, weights, first, second, tail, state.statistics, state.metrics)
 
 
 def is_before_statistics(study: Study, state: ModelState) -> bool:
     """Whether the next sum is that of the statistics."""
     return study.statistics is not None and state.completed_rounds == 0
+
+
+def is_before_metrics(study: Study, state: ModelState) -> bool:
+    """Whether the next sum is that of the metrics: the weights are final."""
+    return study.metrics is not None and state.completed_rounds == study.sums_to_train
 
 
 def _moved(
@@ -197,7 +211,7 @@ def released_weights(state: ModelState, study: Study) -> NDArray[np.float32]:
 
 
 def _trained_weights(state: ModelState, study: Study) -> NDArray[np.float32]:
-    if state.completed_rounds < study.released_sums or not state.tail.size:
+    if state.completed_rounds < study.sums_to_train or not state.tail.size:
         return state.weights
     released = np.empty_like(state.weights)
     for start in range(0, released.size, BLOCK):
@@ -215,24 +229,30 @@ def _arrays(state: ModelState) -> tuple[Kept, Kept, Kept, Kept]:
 
 def state_pieces(state: ModelState) -> Iterator[bytes | memoryview]:
     """``state_bytes`` in pieces, without a copy where the machine is little-endian."""
-    layout = _Layout(state.first.size > 0, state.second.size > 0, state.tail.size > 0, state.statistics.size)
+    layout = _Layout(
+        first=state.first.size > 0,
+        second=state.second.size > 0,
+        tail=state.tail.size > 0,
+        statistics=state.statistics.size,
+        metrics=state.metrics.size,
+    )
     sizes = state.completed_rounds.to_bytes(4, "big") + state.weights.size.to_bytes(8, "big")
     yield sizes + layout.code.to_bytes(1, "big")
-    for array in (*_arrays(state), state.statistics):
+    for array in (*_arrays(state), state.statistics, state.metrics):
         if array.size:
             yield np.ascontiguousarray(array, "<f4").data.cast("B")
 
 
 def state_bytes(state: ModelState) -> bytes:
     """Canonical bytes: BE32 round, BE64 d, one byte that says which arrays follow (1 first, 2 second, 4 tail, 8
-    statistics), then the weights and those arrays as little-endian float32."""
+    statistics, 16 metrics), then the weights and those arrays as little-endian float32."""
     return b"".join(state_pieces(state))
 
 
 def state_size_bytes(study: Study, words: int) -> int:
     """Length of ``state_bytes`` for a study whose model has d = ``words`` parameters."""
     layout = _layout(study)
-    return _HEADER_BYTES + 4 * (layout.arrays * words + layout.statistics)
+    return _HEADER_BYTES + 4 * (layout.arrays * words + layout.statistics + layout.metrics)
 
 
 def parse_state(data: bytes | memoryview, study: Study, words: int) -> ModelState:
@@ -247,13 +267,15 @@ def parse_state(data: bytes | memoryview, study: Study, words: int) -> ModelStat
     if not _all_finite(values):
         raise RemoteProtocolError(153, "model state holds numbers that are not finite", "refused")
     rows = iter(values[: layout.arrays * words].reshape(layout.arrays, words))
+    rest = values[layout.arrays * words :]
     return ModelState(
         completed_rounds=int.from_bytes(header[:4], "big"),
         weights=next(rows),
         first=next(rows) if layout.first else _NOTHING,
         second=next(rows) if layout.second else _NOTHING,
         tail=next(rows) if layout.tail else _NOTHING,
-        statistics=values[layout.arrays * words :],
+        statistics=rest[: layout.statistics],
+        metrics=rest[layout.statistics :],
     )
 
 

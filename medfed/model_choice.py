@@ -84,6 +84,8 @@ class Transformer(_Model):
 
 ModelChoice = Annotated[LogisticRegression | Mlp | Cnn | Recurrent | Transformer, Field(discriminator="name")]
 
+ModelName = Literal["logistic-regression", "mlp", "cnn", "lstm", "gru", "transformer"]
+
 READS: dict[str, frozenset[str]] = {
     "logistic-regression": frozenset({"table"}),
     "mlp": frozenset({"table"}),

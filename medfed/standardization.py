@@ -97,7 +97,8 @@ def standardized(study: Study, statistics: NDArray[np.float32], inputs: NDArray[
     columns, features = _columns(study), count(study)
     shift, stretch = statistics[:features].astype(np.float64), statistics[features:].astype(np.float64)
     changed = inputs.copy()
-    changed[:, columns] = (inputs[:, columns].astype(np.float64) - shift) / stretch
+    with np.errstate(over="ignore"):  # whatever became of one patient's numbers, clipping bounds it
+        changed[:, columns] = (inputs[:, columns].astype(np.float64) - shift) / stretch
     return changed
 
 

@@ -10,16 +10,18 @@ import datetime
 import hashlib
 import itertools
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from medfed.coupling import refuse_coupling
 from medfed.data_contract import Column, DataContract, Finite, NumericFeature, Scale
 from medfed.errors import ConfigError, PrivacyError
 from medfed.model_choice import READS, ModelChoice, Sha256
 from medfed.seams import Files
-from medfed.toml_files import StrictModel, load
+from medfed.toml_files import StrictModel, read_values, validate
 from medfed.wire import enc
 
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")]
@@ -210,6 +212,21 @@ class Statistics(StrictModel):
     range: Annotated[float, Field(gt=0.0, le=1e9)] | None = None
 
 
+class Metrics(StrictModel):
+    """Optional: after the last round, one noised sum of counts over held-out patients, who never train (``medfed/metrics``).
+
+    Each of them is in that event and in no other of the study, so it costs them what it costs, and those who train nothing.
+    ``noise_multiplier``: noise / sensitivity; of a task's recipe it may be left out: the noise that costs a held-out patient no
+    more than training costs another. ``attempts``: most that may be made; all are counted. ``range`` bounds a cell of one
+    hospital: beyond it the count saturates before the noise; of a task's recipe it is left out.
+    """
+
+    bins: Annotated[int, Field(ge=2, le=1000, multiple_of=2)]
+    attempts: Annotated[int, Field(ge=1, le=100)]
+    noise_multiplier: Annotated[float, Field(ge=0.3, le=10_000.0)] | None = None
+    range: Annotated[float, Field(gt=0.0, le=1e9)] | None = None
+
+
 class Quantization(StrictModel):
     """The grid of what is masked and summed.
 
@@ -241,6 +258,22 @@ class Deadlines(StrictModel):
     slot_s: Annotated[float, Field(gt=0.0, le=86_400.0)] | None = None
 
 
+StageKind = Literal["statistics", "training", "metrics"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Rounds of one kind, ``first_round`` to ``last_round`` of 1, 2, ..., and the most ``attempts`` that may be made at them.
+
+    All of them are counted, so a hospital refuses one more, and any at another kind's expense.
+    """
+
+    kind: StageKind
+    first_round: int
+    last_round: int
+    attempts: int
+
+
 class Study(StrictModel):
     """The whole plan."""
 
@@ -250,6 +283,7 @@ class Study(StrictModel):
     model: ModelChoice
     statistics: Statistics | None = None
     training: Training
+    metrics: Metrics | None = None
     privacy: Privacy
     quantization: Quantization
     cohort: Cohort
@@ -269,6 +303,8 @@ class Study(StrictModel):
                     raise ValueError(
                         f"statistics cannot tell the ends of {feature.name}'s range apart: widen it or move its center"
                     )
+        if self.metrics is not None and (self.metrics.range is None or self.metrics.noise_multiplier is None):
+            raise ValueError("metrics.range or metrics.noise_multiplier is missing")
         if self.training.local is not None and self.training.local.sum_range is None:
             raise ValueError("training.local.sum_range is missing")
         if self.training.aggregate == "update" and self.privacy.mode != "local":
@@ -283,14 +319,34 @@ class Study(StrictModel):
         return self
 
     @property
-    def released_sums(self) -> int:
-        """How many sums a run opens: the training's rounds, and before them the statistics if there are any."""
+    def sums_to_train(self) -> int:
+        """How many sums lead to the released weights: the training's rounds, and before them the statistics if any."""
         return self.training.rounds + (self.statistics is not None)
+
+    @property
+    def released_sums(self) -> int:
+        """How many sums a run opens: those that train, and after them the metrics if there are any."""
+        return self.sums_to_train + (self.metrics is not None)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The kinds of rounds, in order: each follows the one before, and the last one ends the run."""
+        stages: list[Stage] = []
+        parts: tuple[tuple[StageKind, Statistics | Training | Metrics | None, int], ...] = (
+            ("statistics", self.statistics, 1),
+            ("training", self.training, self.training.rounds),
+            ("metrics", self.metrics, 1),
+        )
+        for kind, part, rounds in parts:
+            if part is not None:
+                before = stages[-1].last_round if stages else 0
+                stages.append(Stage(kind, before + 1, before + rounds, part.attempts))
+        return tuple(stages)
 
     @property
     def attempts(self) -> int:
         """Length of the fixed list of attempts that approval reserves."""
-        return self.training.attempts + (0 if self.statistics is None else self.statistics.attempts)
+        return sum(stage.attempts for stage in self.stages)
 
     def canonical_bytes(self) -> bytes:
         """The one byte form of this study: JSON, keys sorted, shortest round-trip numbers, ASCII."""
@@ -309,9 +365,12 @@ class Study(StrictModel):
 
 
 def load_study(files: Files, path: Path) -> Study:
-    """Read ``study.toml``; every fault is one ``ConfigError`` line, a seed anywhere in it MF-133."""
+    """Read ``study.toml``; every fault is one ``ConfigError`` line, a seed anywhere in it MF-133, what would couple patients
+    MF-160."""
+    values = read_values(files, path)
+    refuse_coupling(values, path.name)
     try:
-        return load(files, path, Study)
+        return validate(values, path.name, Study)
     except ConfigError as error:
         if error.code == 202 and "seed" in error.what.lower():
             raise PrivacyError(133, f"{path.name} sets randomness", "a study holds no seed; remove it") from error

@@ -46,6 +46,11 @@ def load(files: Files, path: Path, model: type[Model]) -> Model:
     return parse(files.read(path, limit_bytes=LIMIT_BYTES), path.name, model)
 
 
+def read_values(files: Files, path: Path) -> dict[str, object]:
+    """The nested tables of a TOML file, for ``validate``. Raises as ``load`` does where a file cannot be read or parsed."""
+    return _decode(files.read(path, limit_bytes=LIMIT_BYTES), path.name)
+
+
 def parse(data: bytes, name: str, model: type[Model]) -> Model:
     """Validate the bytes of a TOML file; ``name`` is what errors call it.
 

@@ -24,7 +24,9 @@ from medfed.identity import SIGNATURE_BYTES, Identity, verify
 MAGIC = b"MFW"
 VERSION = 1
 _HEADER_BYTES = len(MAGIC) + 2
-_OVERHEAD_BYTES = 1 << 18  # all fields but the vectors of the largest message: 128 offers and signatures
+_OVERHEAD_BYTES = 1 << 20  # all fields but the vectors of the largest message: 128 offers, 4096 heads of ledgers
+
+HEAD_BYTES = 8 + 32 + SIGNATURE_BYTES  # of a ledger: number, hash, signature (medfed/witness.py)
 
 NO_POSITION = 0xFFFF  # a hospital that has not approved the study has no position in it
 
@@ -47,6 +49,9 @@ class Refused(IntEnum):
     OUT_OF_ORDER = 8  # wrong round, attempt or session
     INTERNAL = 9  # a fault at the hospital; its own log says which
     SIGNATURES = 10  # too few or wrong signatures over a transferred state
+    LEDGER_BEHIND = 11  # this hospital's ledger is older than others saw it, or a second copy: it is locked
+    HEADS_MISSING = 12  # heads of ledgers that this hospital told are not relayed, or did not grow with the rounds
+    STATEMENT = 13  # the privacy statement is not the one this hospital works out
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +82,11 @@ Bytes32 = Annotated[bytes, _Fixed(32)]
 Bytes64 = Annotated[bytes, _Fixed(64)]
 Offer = Annotated[bytes, _Variable(1024)]
 Vector = Annotated[bytes | memoryview, _Variable(None)]  # read from a frame: a view of it, never a copy
+Document = Annotated[bytes, _Variable(1 << 15)]
 Offers = Annotated[tuple[bytes, ...], _Items(1024, 128)]
 Attestations = Annotated[tuple[bytes, ...], _Items(2 + SIGNATURE_BYTES, 128)]  # BE16 position ‖ signature
+HeadBytes = Annotated[bytes, _Fixed(HEAD_BYTES)]
+Heads = Annotated[tuple[bytes, ...], _Items(2 + HEAD_BYTES, 4096)]  # BE16 position ‖ head, zero where none is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +99,14 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class SetupRequest(Message):
-    """Coordinator -> hospital: begin a session, send your key offer."""
+    """Coordinator -> hospital: begin a session, send your key offer.
+
+    ``heads``: the newest the coordinator keeps of every hospital's ledger, one entry a position.
+    """
 
     KIND: ClassVar[int] = 1
     session: Bytes16
+    heads: Heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +114,8 @@ class RoundRequest(Message):
     """Coordinator -> hospital: train at state ``round`` (rounds completed) and upload.
 
     ``total`` is the released ring sum that leads from state round - 1 to state round (empty for round 0). The same
-    attempt keeps its nonce, so that a request repeated after a crash is answered with identical bytes.
+    attempt keeps its nonce, so that a request repeated after a crash is answered with identical bytes. ``heads``: every
+    one that a hospital told in this session, and the newest of each ledger; the pads are bound to them.
     """
 
     KIND: ClassVar[int] = 2
@@ -112,6 +125,7 @@ class RoundRequest(Message):
     round: U32
     state_hash: Bytes32
     offers: Offers
+    heads: Heads
     total: Vector
 
 
@@ -128,29 +142,43 @@ class StateTransfer(Message):
 
 @dataclass(frozen=True, slots=True)
 class Finish(Message):
-    """Coordinator -> hospital: the last released sum; compute and keep the final model."""
+    """Coordinator -> hospital: the last released sum; compute and keep the final model, and sign what is said of it.
+
+    ``heads``: as at the setup. ``statement``: canonical bytes of the privacy statement (docs/privacy_statement.md), under the
+    coordinator's signature.
+    """
 
     KIND: ClassVar[int] = 4
     nonce: Bytes16
     round: U32
     state_hash: Bytes32
+    heads: Heads
+    statement: Document
+    statement_signature: Bytes64
     total: Vector
 
 
 @dataclass(frozen=True, slots=True)
 class OfferReply(Message):
-    """Hospital -> coordinator: a signed key offer, and the highest attempt number this hospital has used."""
+    """Hospital -> coordinator: a signed key offer, and the highest attempt number this hospital has used.
+
+    ``heads``: one entry a position: of its own ledger the last row, of the peers' the newest it keeps.
+    """
 
     KIND: ClassVar[int] = 16
     session: Bytes16
     position: U16
     highest_attempt: U32
+    heads: Heads
     offer: Offer
 
 
 @dataclass(frozen=True, slots=True)
 class Upload(Message):
-    """Hospital -> coordinator: one masked vector and this hospital's signature over the state it trained at."""
+    """Hospital -> coordinator: one masked vector and this hospital's signature over the state it trained at.
+
+    ``head``: of its ledger, at the row that charged this attempt.
+    """
 
     KIND: ClassVar[int] = 17
     nonce: Bytes16
@@ -158,6 +186,7 @@ class Upload(Message):
     attempt: U32
     round: U32
     attestation: Bytes64
+    head: HeadBytes
     payload: Vector
 
 
@@ -173,13 +202,20 @@ class StateAccepted(Message):
 
 @dataclass(frozen=True, slots=True)
 class Finished(Message):
-    """Hospital -> coordinator: signature over the final state."""
+    """Hospital -> coordinator: what its signed statement (docs/privacy_statement.md) says beyond the study's: its own ledger.
+
+    ``head``: the row that ended the study. ``signature`` covers the whole statement: study, final state, model and the
+    coordinator's statement included.
+    """
 
     KIND: ClassVar[int] = 19
     nonce: Bytes16
     position: U16
     round: U32
-    attestation: Bytes64
+    attempts_charged: U32
+    epsilon_spent_micro: U32
+    head: HeadBytes
+    signature: Bytes64
 
 
 @dataclass(frozen=True, slots=True)

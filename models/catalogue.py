@@ -9,6 +9,7 @@ from medfed.data_contract import DataContract
 from medfed.errors import ConfigError
 from medfed.model_choice import Cnn, LogisticRegression, Mlp, Recurrent, Transformer
 from medfed.models import convolutional, recurrent, tabular, transformer
+from medfed.models.separability import require_separable
 from medfed.study import Study
 
 MOST_PARAMETERS = 1 << 26
@@ -19,11 +20,13 @@ def build(study: Study) -> nn.Module:
     """The study's model with freshly initialised weights: records [n, *study.data.shape] -> logits float[n, outputs].
 
     Torch's global generator draws the weights. A model holds float32 parameters and no buffer, and looks at each record
-    alone. Raises ``ConfigError`` MF-203 where the model does not take the study's kind of record, or has more than
-    ``MOST_PARAMETERS``, before memory is taken for them.
+    alone: of layers only that ``separability`` lists (else ``UnsupportedModel`` MF-160). Raises ``ConfigError`` MF-203 where
+    the model does not take the study's kind of record, or has more than ``MOST_PARAMETERS``, before memory is taken for them.
     """
     with torch.device("meta"):  # shapes without contents; nothing is drawn
-        size = sum(weight.numel() for weight in _built(study).parameters())
+        outline = _built(study)
+    require_separable(outline)
+    size = sum(weight.numel() for weight in outline.parameters())
     if size > MOST_PARAMETERS:
         raise ConfigError(203, f"model of {size} parameters, at most {MOST_PARAMETERS}", "choose a smaller one")
     return _built(study)

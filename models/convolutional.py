@@ -48,10 +48,12 @@ def cnn(
         layers += [StandardizedConv2d(width_in, width_out, stride), nn.GroupNorm(groups, width_out), nn.ReLU()]
         height, width = math.ceil(height / stride), math.ceil(width / stride)
     if head == "mean":
-        return nn.Sequential(*layers, _MeanOverPlaces(), linear_from_zero(channels[-1], outputs))
+        return nn.Sequential(*layers, MeanOverPlaces(), linear_from_zero(channels[-1], outputs))
     return nn.Sequential(*layers, nn.Flatten(), linear_from_zero(channels[-1] * height * width, outputs))
 
 
-class _MeanOverPlaces(nn.Module):
+class MeanOverPlaces(nn.Module):
+    """float[n, c, h, w] -> float[n, c]."""
+
     def forward(self, inputs: Tensor) -> Tensor:
         return inputs.mean(dim=(2, 3))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional
 
+from medfed.errors import UnsupportedModel
 from medfed.models.records import Records
 from medfed.models.rowwise import sigmoid, softmax
 from medfed.study import Task
@@ -19,12 +20,22 @@ Losses = Callable[[Tensor, Tensor], Tensor]
 
 _VALUES_AT_ONCE = 1 << 17  # encoded values that a model takes in one call outside training
 
+SEPARABLE_LOSSES: dict[str, str] = {
+    "binary": "cross-entropy of a record's own logit and label, times a public weight",
+    "multiclass": "cross-entropy of a record's own logits and label, times a public weight",
+}
+"""Every loss by kind of task, and why it keeps patients apart (``models/separability`` says what that means)."""
+
 
 def losses(task: Task) -> Losses:
     """(logits float[n, outputs], labels int64[n]) -> float[n]: each record's own loss, separable by patient.
 
     Guarantee: the gradient by a record's logits is a function of that record alone, to the last bit.
+    Raises ``UnsupportedModel`` (MF-160) for a kind of task whose loss is not known to keep patients apart.
     """
+    if task.kind not in SEPARABLE_LOSSES:
+        what = f"the loss of a {task.kind} task is not known to keep patients apart"
+        raise UnsupportedModel(160, what, f"use one of {', '.join(SEPARABLE_LOSSES)}")
     weights = torch.tensor(task.class_weights or [1.0] * task.classes, dtype=torch.float64)
 
     def binary(logits: Tensor, labels: Tensor) -> Tensor:
@@ -73,19 +84,29 @@ class _MulticlassLoss(torch.autograd.Function):
         return gradient[:, None] * (chances - functional.one_hot(labels, logits.shape[1]).to(logits.dtype)), None
 
 
-def probabilities(model: nn.Module, task: Task, inputs: NDArray[np.float32] | NDArray[np.int64]) -> NDArray[np.float64]:
-    """Probability of each class, float64[n, classes], of encoded records [n, ...]: a few at a time, to bound memory."""
+def probabilities(
+    model: nn.Module,
+    task: Task,
+    inputs: NDArray[np.float32] | NDArray[np.int64],
+    *,
+    at_once: int | None = None,
+) -> NDArray[np.float64]:
+    """Probability of each class, float64[n, classes], of encoded records [n, ...].
+
+    ``at_once``: how many records a call of the model takes; None for a few, to bound memory. With 1 every call has one shape, so
+    that a record's probabilities are the same bits whatever other records there are.
+    """
     if not len(inputs):
         return np.zeros((0, task.classes))
-    at_once = max(1, _VALUES_AT_ONCE // max(1, inputs[0].size))
+    at_once = at_once or max(1, _VALUES_AT_ONCE // max(1, inputs[0].size))
     model.eval()
     with torch.no_grad():
         parts = [model(torch.from_numpy(inputs[start : start + at_once])) for start in range(0, len(inputs), at_once)]
-        logits = torch.cat(parts).double()
+        logits = torch.cat(parts).double().numpy()
     if task.kind == "binary":
-        positive = torch.sigmoid(logits[:, :1])
-        return np.asarray(torch.cat([1 - positive, positive], 1).numpy(), np.float64)
-    return np.asarray(torch.softmax(logits, 1).numpy(), np.float64)
+        positive = sigmoid(logits[:, :1])
+        return np.asarray(np.concatenate([1 - positive, positive], 1), np.float64)
+    return np.asarray(softmax(logits), np.float64)
 
 
 def auc(positive: NDArray[np.bool_], scores: NDArray[np.float64]) -> float | None:

@@ -20,7 +20,7 @@ _PLACES = 0.02
 class TextTransformer(nn.Module):
     """Tokens int64[n, length], 0 padding, each below ``tokens`` -> logits.
 
-    Parameters: tokens * d of the embedding, and those of ``_Encoder`` and the head (d + 1) * outputs.
+    Parameters: tokens * d of the embedding, and those of ``Encoder`` and the head (d + 1) * outputs.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class TextTransformer(nn.Module):
         # small, and places smaller still, with nothing that scales them up again: with unit numbers the places, alike in
         # every text, drown what a few thousand texts say of their words
         nn.init.normal_(self.embedding.weight, std=_WORDS)
-        self.encoder = _Encoder(embedding_size, heads, layers, feedforward_size, places=_PLACES, last=nn.Identity())
+        self.encoder = Encoder(embedding_size, heads, layers, feedforward_size, places=_PLACES, last=nn.Identity())
         self.head = linear_from_zero(embedding_size, outputs)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class TextTransformer(nn.Module):
 class SeriesTransformer(nn.Module):
     """Series float[n, steps, channels], padding where channel ``inside`` is 0 -> logits.
 
-    Parameters: (channels + 1) * d of the embedding, those of ``_Encoder``, 2 * d of the last normalisation and the head
+    Parameters: (channels + 1) * d of the embedding, those of ``Encoder``, 2 * d of the last normalisation and the head
     (d + 1) * outputs.
     """
 
@@ -61,7 +61,7 @@ class SeriesTransformer(nn.Module):
         self.inside = inside
         self.embedding = nn.Linear(channels, embedding_size)
         last = nn.LayerNorm(embedding_size)
-        self.encoder = _Encoder(embedding_size, heads, layers, feedforward_size, places=1.0, last=last)
+        self.encoder = Encoder(embedding_size, heads, layers, feedforward_size, places=1.0, last=last)
         self.head = linear_from_zero(embedding_size, outputs)
 
     def forward(self, series: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class SeriesTransformer(nn.Module):
         return logits
 
 
-class _Encoder(nn.Module):
+class Encoder(nn.Module):
     """Places embedded as float[n, steps, d], real bool[n, steps] -> float[n, d], the mean over what is real.
 
     Blocks with the normalisation before each part (Xiong et al. 2020, arXiv:2002.04745), then ``last``. ``places``: size of
@@ -81,7 +81,7 @@ class _Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.places = places
-        self.blocks = nn.ModuleList([_Block(width, heads, feedforward_size) for _ in range(layers)])
+        self.blocks = nn.ModuleList([Block(width, heads, feedforward_size) for _ in range(layers)])
         self.norm = last
 
     def forward(self, embedded: Tensor, real: Tensor) -> Tensor:
@@ -95,7 +95,9 @@ class _Encoder(nn.Module):
         return total / real.sum(1, keepdim=True).clamp(min=1).to(total.dtype)
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
+    """Attention, then two linear layers, each on the normalised values and added to them: float[n, steps, d] -> the same."""
+
     def __init__(self, width: int, heads: int, feedforward_size: int) -> None:
         super().__init__()
         self.heads = heads

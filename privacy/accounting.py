@@ -1,233 +1,82 @@
-"""What a study costs: Renyi differential privacy (RDP) of integer noise under Poisson sampling, and epsilon from it.
+"""What a study costs: epsilon of a fixed list of attempts, the smaller of two proven upper bounds.
 
-The unit is the patient (or the record where a study says so), neighbors differ by one of them being in or out. All
-figures are upper bounds; nothing here is an approximation.
-
-*One step.* The clipped sum of one hospital is saturated and rounded to integers once, so one patient moves it by an
-integer vector of L2 norm at most ``sensitivity(...)``. Integer noise Z is added and everybody sees at most sum + Z.
-
-*q = 1.* For Z discrete Gaussian: D_a(Z || Z + v) <= a |v|^2 / (2 sigma^2) (Canonne, Kamath, Steinke 2020,
-arXiv:2004.00010, Proposition 5, summed over coordinates). For the sum of n of them, Kairouz, Liu, Steinke 2021
-(arXiv:2102.06387, Proposition 14): the same with n sigma^2 plus a gap made of tau, charged below.
-
-*q < 1.* With P the law of sum + Z without the patient, Q with it, and M = (1-q) P + q Q, both directions matter:
-
-- E_P[(M/P)^a] = sum_l C(a,l) (1-q)^(a-l) q^l E_P[(Q/P)^l] for an integer a, exactly, and the last factor is
-  exp((l-1) D_l(Q||P)). This is the general bound of Zhu, Wang 2019 (ICML, Theorem 5) without its factor 3.
-- D_a(P||M) <= D_a(M||P), for symmetric noise, which is why that factor is not needed (Mironov, Talwar, Zhang 2019,
-  arXiv:1908.10530, Theorem 5). On the integers: x -> v - x swaps P and Q, so with r = Q/P it is enough that, for
-  every r >= 1, s = 1-q+qr and t = q+(1-q)r,  s^a + r (t/r)^a >= s^(1-a) + r (t/r)^(1-a). With u = r/t this reads
-  s^a - s^(1-a) >= t (u^a - u^(1-a)). At a = 1 both sides are r - t, since s + t = 1 + r; and the ratio of the two
-  brackets is sqrt(s/u) sinh((a-1/2) ln s) / sinh((a-1/2) ln u), which does not fall in a because s >= u >= 1. QED.
-- Between integers (a-1) D_a is convex in a, so the chord lies above it.
-
-Mixtures over the other patients' coins are covered by joint quasi-convexity of D_a.
+RDP of every event adds up (``mechanism``) and turns into epsilon at the best order; a privacy loss distribution (PLD) of the
+whole list (``loss_distribution``) is about a tenth below it where it applies. Over studies that are chosen after seeing results
+of earlier ones, RDP totals go to ``privacy.filter``.
 """
 
 from __future__ import annotations
 
-import json
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medfed.errors import ConfigError, PrivacyError
+from medfed.privacy import loss_distribution
+from medfed.privacy.mechanism import ORDERS, Mechanism, gap, need, sensitivity
 
-ACCOUNTANT = "rdp"
-MAX_SHARES = 100_000
-MAX_REPEATS = 10_000
-
-# Renyi orders: fine where a large epsilon finds its best order, sparse where a small one does. At every order the bound
-# holds, so the choice costs tightness only. dp_accounting's conversion wants more than 1.01.
-ORDERS: tuple[float, ...] = (
-    1.02,
-    1.05,
-    *(float(order) / 10 for order in range(11, 110)),
-    *map(float, range(11, 65)),
-    *(
-        72.0,
-        80.0,
-        88.0,
-        96.0,
-        112.0,
-        128.0,
-        160.0,
-        192.0,
-        224.0,
-        256.0,
-        320.0,
-        384.0,
-        448.0,
-        512.0,
-        640.0,
-        768.0,
-        1024.0,
-    ),
-)
+__all__ = [
+    "ORDERS",
+    "Bounds",
+    "Mechanism",
+    "bounds",
+    "calibrate",
+    "compose",
+    "epsilon",
+    "gap",
+    "micro",
+    "running",
+    "sensitivity",
+]
 
 # relative slack that covers float64 rounding in rdp() and in the conversion: epsilons come out rounded up
 _ROUNDING = 1e-9
 _MULTIPLIER_STEPS = 10_000
 _MULTIPLIER_LIMIT = 10_000_000 * _MULTIPLIER_STEPS
-
-
-def _need(holds: bool, what: str, remedy: str) -> None:
-    if not holds:
-        raise ConfigError(203, what, remedy)
+_SECANTS = 12
+_PLD_BELOW = 64.0  # RDP epsilon: above it, loss distributions take many seconds and say nothing of use
 
 
 @dataclass(frozen=True, slots=True)
-class Mechanism:
-    """One attempt: ``repeats`` events, each a Poisson-sampled, clipped, rounded sum plus integer noise, as one observer
-    sees it; later ones may depend on earlier ones.
+class Bounds:
+    """Epsilon of a fixed list at a delta: ``epsilon`` is the smaller of ``rdp`` and ``pld``, and ``accountant`` says which.
 
-    ``sampling_rate`` q in (0, 1]. ``sigma``: parameter of ONE discrete Gaussian share, in grid units, at least 0.5.
-    ``shares``: how many independent shares stand between this patient and the observer (1: the hospital's own noise;
-    m - c in distributed mode). ``sensitivity``: L2, grid units. ``dimensions``: length d of the vector. ``repeats``: the
-    local steps of a round, 1 where a round is one sum. ``beforehand``: what the first attempt costs on top, in full: the
-    statistics before round 1.
-    Raises ``ConfigError`` (MF-203) for values out of range.
+    ``pld`` is None where that bound has none to offer.
     """
 
-    sampling_rate: float
-    sigma: float
-    shares: int
-    sensitivity: float
-    dimensions: int
-    repeats: int = 1
-    beforehand: Mechanism | None = None
-
-    def __post_init__(self) -> None:
-        _need(0.0 < self.sampling_rate <= 1.0, f"sampling rate {self.sampling_rate} is outside (0, 1]", "correct it")
-        _need(0.5 <= self.sigma <= 2.0**40, f"sigma {self.sigma} grid steps is outside 0.5 to 2^40", "change the grid")
-        _need(1 <= self.shares <= MAX_SHARES, f"{self.shares} noise shares", f"use 1 to {MAX_SHARES}")
-        _need(0.0 < self.sensitivity <= 2.0**64, f"sensitivity {self.sensitivity} is outside (0, 2^64]", "correct it")
-        _need(self.dimensions >= 1, f"a vector of {self.dimensions} dimensions", "correct it")
-        nested = self.beforehand is not None and self.beforehand.beforehand is not None
-        _need(not nested, "a mechanism with more than one before it", "restore the file it stands in")
-        _need(1 <= self.repeats <= MAX_REPEATS, f"{self.repeats} events an attempt", f"use 1 to {MAX_REPEATS}")
-
-    def to_json(self) -> str:
-        """Canonical text: sorted keys, no blanks, shortest exact floats. Equal mechanisms give equal text.
-
-        ``repeats`` is left out where it is 1 and ``beforehand`` where there is none, as in ledgers that were written before
-        they existed.
-        """
-        values: dict[str, object] = {
-            "dimensions": self.dimensions,
-            "sampling_rate": float(self.sampling_rate),
-            "sensitivity": float(self.sensitivity),
-            "shares": self.shares,
-            "sigma": float(self.sigma),
-        }
-        if self.repeats != 1:
-            values["repeats"] = self.repeats
-        if self.beforehand is not None:
-            values["beforehand"] = json.loads(self.beforehand.to_json())
-        return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> Mechanism:
-        """The mechanism that ``to_json`` wrote; ``ConfigError`` (MF-203) for any other text."""
-        try:
-            mechanism = cls._read(json.loads(text))
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise ConfigError(203, "mechanism is malformed", "restore the file it stands in") from error
-        _need(mechanism.to_json() == text, "mechanism is not in canonical form", "restore the file it stands in")
-        return mechanism
-
-    @classmethod
-    def _read(cls, values: dict[str, Any]) -> Mechanism:
-        before = values.get("beforehand")
-        return cls(
-            sampling_rate=float(values["sampling_rate"]),
-            sigma=float(values["sigma"]),
-            shares=int(values["shares"]),
-            sensitivity=float(values["sensitivity"]),
-            dimensions=int(values["dimensions"]),
-            repeats=int(values.get("repeats", 1)),
-            beforehand=None if before is None else cls._read(before),
-        )
-
-    def rdp(self) -> NDArray[np.float64]:
-        """Upper bound on the RDP of one attempt at every order of ``ORDERS``, in both directions: float64[len(ORDERS)]."""
-        orders = np.asarray(ORDERS)
-        if self.sampling_rate == 1.0:
-            return self.repeats * self._whole(orders)
-        return self.repeats * np.minimum(self._sampled(), self._whole(orders))
-
-    def _whole(self, orders: NDArray[np.float64]) -> NDArray[np.float64]:
-        """RDP without sampling (Kairouz, Liu, Steinke 2021, Proposition 14: the least of its three bounds)."""
-        scale = self.sensitivity / (math.sqrt(self.shares) * self.sigma)
-        tau = gap(self.sigma, self.shares)
-        # an integer vector has |x| <= x^2 in every coordinate, hence L1 <= L2^2 beside L1 <= sqrt(d) L2
-        taxicab = self.sensitivity * min(math.sqrt(self.dimensions), self.sensitivity)
-        taxicab_scale = taxicab / (math.sqrt(self.shares) * self.sigma)
-        added = orders / 2 * scale**2 + tau * self.dimensions
-        mixed = orders / 2 * (scale**2 + 2 * taxicab_scale * tau + tau**2 * self.dimensions)
-        stretched = orders / 2 * (scale + tau * math.sqrt(self.dimensions)) ** 2
-        least: NDArray[np.float64] = np.minimum(np.minimum(added, mixed), stretched)
-        return least
-
-    def _sampled(self) -> NDArray[np.float64]:
-        """RDP with Poisson sampling: the binomial sum at integer orders, the chord of (a-1) D_a between them."""
-        needed = sorted({math.floor(order) for order in ORDERS} | {math.ceil(order) for order in ORDERS})
-        whole = np.arange(2.0, needed[-1] + 1)
-        moments = (whole - 1) * self._whole(whole)  # log E_P[(Q/P)^l] for l = 2, 3, ...
-        log_moment = {1: 0.0} | {
-            order: _log_sampled_moment(order, self.sampling_rate, moments) for order in needed if order >= 2
-        }
-        bound = np.empty(len(ORDERS))
-        for index, order in enumerate(ORDERS):
-            low, part = math.floor(order), order - math.floor(order)
-            chord = (1 - part) * log_moment[low] + (part * log_moment[low + 1] if part else 0.0)
-            bound[index] = chord / (order - 1)
-        return bound
-
-
-def gap(sigma: float, shares: int) -> float:
-    """tau: how far a sum of ``shares`` discrete Gaussians is from one (Kairouz, Liu, Steinke 2021, Theorem 1).
-
-    10 sum_{k=1}^{n-1} exp(-2 pi^2 sigma^2 k/(k+1)); zero for one share, and below 1e-37 from sigma = 3 on.
-    """
-    steps = np.arange(1, shares, dtype=np.float64)
-    return float(10.0 * np.exp(-2 * math.pi**2 * sigma**2 * steps / (steps + 1)).sum())
-
-
-def _log_sampled_moment(order: int, rate: float, moments: NDArray[np.float64]) -> float:
-    """log E_P[(M/P)^a] at integer a, given log E_P[(Q/P)^l] for l = 2, 3, ...
-
-    The binomial weights sum to 1, so 1 is taken out of every term: what is left is positive and nothing cancels.
-    """
-    chosen = np.arange(2, order + 1)
-    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1.0, order + 1)))])
-    log_weight = log_factorial[order] - log_factorial[chosen] - log_factorial[order - chosen]
-    log_weight = log_weight + chosen * math.log(rate) + (order - chosen) * math.log1p(-rate)
-    power = moments[: order - 1]
-    terms = log_weight + power + np.log(-np.expm1(-power))
-    peak = float(terms.max())
-    return float(np.logaddexp(0.0, peak + math.log(float(np.exp(terms - peak).sum()))))
-
-
-def sensitivity(clipping_norm: float, exponent: int, dimensions: int) -> float:
-    """L2 sensitivity in grid units of a clipped sum that is rounded to the grid once: C 2^e + sqrt(d).
-
-    Each coordinate of rint(x + y) - rint(x) is within 1 of y; saturation only shrinks differences.
-    """
-    _need(0.0 < clipping_norm < math.inf, f"clipping norm {clipping_norm} is not positive", "correct it")
-    return math.ldexp(clipping_norm, exponent) + math.sqrt(dimensions)
+    epsilon: float
+    rdp: float
+    pld: float | None
+    accountant: Literal["pld", "rdp"]
 
 
 def compose(mechanism: Mechanism, count: int) -> NDArray[np.float64]:
     """RDP of ``count`` such attempts: float64[len(ORDERS)]. Totals of different mechanisms add up."""
-    _need(count >= 0, f"{count} attempts", "correct it")
-    total = count * mechanism.rdp()
-    return total + mechanism.beforehand.rdp() if count and mechanism.beforehand is not None else total
+    need(count >= 0, f"{count} attempts", "correct it")
+    if not count:
+        return np.zeros(len(ORDERS))
+    total = own_attempts(mechanism, count) * _rdp(mechanism)
+    for other in mechanism.once:
+        total = total + _rdp(other)
+    for other in mechanism.aside:
+        total = np.maximum(total, _rdp(other))
+    return total
+
+
+@functools.lru_cache(maxsize=256)
+def _rdp(mechanism: Mechanism) -> NDArray[np.float64]:
+    return mechanism.rdp()
+
+
+def own_attempts(mechanism: Mechanism, count: int) -> int:
+    """How many of ``count`` attempts can be of the mechanism itself, and not of those beside it."""
+    return count if mechanism.most is None else min(count, mechanism.most)
 
 
 def epsilon(rdp_total: NDArray[np.float64], delta: float) -> float:
@@ -238,11 +87,52 @@ def epsilon(rdp_total: NDArray[np.float64], delta: float) -> float:
     """
     from dp_accounting.rdp import rdp_privacy_accountant
 
-    _need(0.0 < delta < 1.0, f"delta {delta} is outside (0, 1)", "correct it")
+    need(0.0 < delta < 1.0, f"delta {delta} is outside (0, 1)", "correct it")
     if np.isnan(rdp_total).any() or (rdp_total < 0).any():
         raise PrivacyError(900, "RDP total is not a number or negative", "report this as a fault of medfed")
     value, _ = rdp_privacy_accountant.compute_epsilon(ORDERS, rdp_total.tolist(), delta)
     return float(value) * (1 + _ROUNDING)
+
+
+@functools.lru_cache(maxsize=4096)
+def bounds(mechanism: Mechanism, attempts: int, delta: float) -> Bounds:
+    """Both upper bounds on epsilon of a fixed list of ``attempts``, which may depend on each other's results.
+
+    Kept for the life of the process: with sampling a list takes 0.1 to 1 s, without less than 1 ms.
+    """
+    if mechanism.aside:  # nobody is in two of these, so each has the smaller bound for itself
+        groups = [bounds(replace(mechanism, aside=()), attempts, delta)]
+        groups += [bounds(other, min(attempts, 1), delta) for other in mechanism.aside]
+        return max(groups, key=lambda group: group.epsilon)
+    rdp = epsilon(compose(mechanism, attempts), delta)
+    pld = _pld(mechanism, attempts, delta) if rdp < _PLD_BELOW else None
+    if pld is None or pld >= rdp:
+        return Bounds(rdp, rdp, pld, "rdp")
+    return Bounds(pld, rdp, pld, "pld")
+
+
+def _pld(mechanism: Mechanism, attempts: int, delta: float) -> float | None:
+    if not attempts:
+        return 0.0
+    listed = [_events(mechanism, own_attempts(mechanism, attempts)), *(_events(other, 1) for other in mechanism.once)]
+    return loss_distribution.epsilon(listed, delta)
+
+
+def _events(mechanism: Mechanism, attempts: int) -> loss_distribution.Events:
+    return loss_distribution.Events(
+        sampling_rate=mechanism.sampling_rate,
+        sd=math.sqrt(mechanism.shares) * mechanism.sigma,
+        share_sd=mechanism.sigma,
+        sensitivity=mechanism.sensitivity,
+        dimensions=mechanism.dimensions,
+        gap=gap(mechanism.sigma, mechanism.shares),
+        count=attempts * mechanism.repeats,
+    )
+
+
+def running(mechanism: Mechanism, attempts: int, listed: float, delta: float) -> float:
+    """An upper bound on epsilon after ``attempts``, at once: RDP, or ``listed``, the bound on the whole list they are from."""
+    return min(epsilon(compose(mechanism, attempts), delta), listed) if attempts else 0.0
 
 
 def micro(value: float) -> int:
@@ -258,22 +148,49 @@ def calibrate(target_epsilon: float, delta: float, attempts: int, make: Callable
     ``make(noise_multiplier)`` builds the mechanism; its cost must fall as the multiplier grows. Values it refuses
     (``ConfigError``) count as too small. Raises ``ConfigError`` (MF-203) where no multiplier up to 10^7 will do.
     """
-    _need(0.0 < target_epsilon < math.inf, f"target epsilon {target_epsilon} is not positive", "correct it")
-    _need(attempts >= 1, f"{attempts} attempts", "correct it")
+    need(0.0 < target_epsilon < math.inf, f"target epsilon {target_epsilon} is not positive", "correct it")
+    need(attempts >= 1, f"{attempts} attempts", "correct it")
 
-    def suffices(steps: int) -> bool:
+    def excess(steps: int, figure: Callable[[Mechanism], float]) -> float:
+        """Above 0: too little noise."""
         try:
             mechanism = make(steps / _MULTIPLIER_STEPS)
         except ConfigError:
-            return False
-        return epsilon(compose(mechanism, attempts), delta) <= target_epsilon
+            return math.inf
+        return math.log(max(figure(mechanism), 1e-300) / target_epsilon)
+
+    def by_rdp(steps: int) -> float:
+        return excess(steps, lambda mechanism: epsilon(compose(mechanism, attempts), delta))
+
+    def by_both(steps: int) -> float:
+        return excess(steps, lambda mechanism: bounds(mechanism, attempts, delta).epsilon)
 
     high = _MULTIPLIER_STEPS
-    while not suffices(high):
-        _need(high < _MULTIPLIER_LIMIT, f"epsilon {target_epsilon} is out of reach", "ask for less privacy or rounds")
+    while by_rdp(high) > 0:
+        need(high < _MULTIPLIER_LIMIT, f"epsilon {target_epsilon} is out of reach", "ask for less privacy or rounds")
         high *= 2
-    low = 0
+    high = _least(by_rdp, high, 1.0)
+    # what RDP admits, the smaller bound admits: a few loss distributions are enough below that
+    return _least(by_both, high, 1.5) / _MULTIPLIER_STEPS
+
+
+def _least(excess: Callable[[int], float], high: int, power: float) -> int:
+    """The least whole number up to ``high`` without excess, where it falls about as number^-power and ``high`` has none.
+
+    Secants through the last two points, as log excess is nearly straight in log number, and bisection should they not settle.
+    """
+    low, tried, last = 0, 0, (high, excess(high))
+    root = high * math.exp(last[1] / power)
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if suffices(middle) else (middle, high)
-    return high / _MULTIPLIER_STEPS
+        # the root's own whole number first, then the one below it, which must have excess
+        guess = math.ceil(root) if tried < _SECANTS and math.isfinite(root) else (low + high) // 2
+        guess = min(max(guess, low + 1), high - 1)
+        value, tried = excess(guess), tried + 1
+        low, high = (guess, high) if value > 0 else (low, guess)
+        if math.isfinite(value) and value != last[1] and guess != last[0]:
+            slope = (value - last[1]) / math.log(guess / last[0])
+            root = guess * math.exp(min(-value / slope, 1.0)) if slope < 0 else math.inf
+            last = guess, value
+        else:
+            root = math.inf
+    return high

@@ -78,7 +78,7 @@ class _Sampler:
         distance = np.abs(proposed)
         offset = distance / self._sigma - self._sigma / self._scale
         kept = _coins(self._stream, offset * offset / 2, lambda index: self._exponent(int(distance[index])))
-        return proposed[kept]
+        return np.compress(kept, proposed)
 
     def _exponent(self, distance: int) -> Fraction:
         """(|y| - sigma^2/t)^2 / (2 sigma^2), exactly."""
@@ -89,17 +89,18 @@ class _Sampler:
         """Discrete Laplace of scale t (Algorithm 2): remainder + t * quotient with a fair sign, zero halved."""
         words = self._stream.words(proposals)
         if self._fair_below < 2**64:
-            words = words[words < np.uint64(self._fair_below)]
-        remainder = (words % np.uint64(self._scale)).astype(np.int64)
+            words = np.compress(words < np.uint64(self._fair_below), words)
+        scale = np.uint64(self._scale)
+        # numpy divides by one number several at a time, and takes remainders one by one
+        remainder = (words - words // scale * scale).view(np.int64)
         taken = _coins(
             self._stream, remainder / self._scale, lambda index: Fraction(int(remainder[index]), self._scale)
         )
-        remainder = remainder[taken]
+        remainder = np.compress(taken, remainder)
         quotient, negative = _geometric(self._stream, len(remainder))
         magnitude = remainder + self._scale * quotient
-        counted = ~(negative & (magnitude == 0))
-        signed: NDArray[np.int64] = np.where(negative, -magnitude, magnitude)[counted]
-        return signed
+        signed = magnitude * (1 - 2 * negative)
+        return np.compress((magnitude | 1 - negative) != 0, signed)
 
 
 def _coins(
@@ -109,7 +110,7 @@ def _coins(
     band: float = BAND,
 ) -> NDArray[np.bool_]:
     """One coin of chance exp(-g) for each g: bool[n]. ``exact(i)`` gives the i-th g as a fraction."""
-    words = stream.words(len(exponents)) >> np.uint64(64 - _UNIFORM_BITS)
+    words = _halved(stream.words(len(exponents)))
     excess = np.exp(-exponents) - words * 2.0**-_UNIFORM_BITS
     heads: NDArray[np.bool_] = excess > 0
     for index in np.flatnonzero(np.abs(excess) <= band).tolist():
@@ -117,11 +118,16 @@ def _coins(
     return heads
 
 
-def _geometric(stream: Keystream, count: int, band: float = BAND) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Counts with P(V >= k) = exp(-k), by inversion, and a fair bit beside each: int64[count], bool[count]."""
-    words = stream.words(count)
-    bits = (words & np.uint64(1)).astype(np.bool_)
-    words = words >> np.uint64(1)
+def _halved(words: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """The upper 63 bits, as signed numbers: those a processor turns into floats at once."""
+    return (words >> np.uint64(64 - _UNIFORM_BITS)).view(np.int64)
+
+
+def _geometric(stream: Keystream, count: int, band: float = BAND) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Counts with P(V >= k) = exp(-k), by inversion, and a fair bit beside each: int64[count], int64[count] of 0 and 1."""
+    whole = stream.words(count)
+    bits = (whole & np.uint64(1)).view(np.int64)
+    words = _halved(whole)
     uniform = words * 2.0**-_UNIFORM_BITS
     # a first guess; the guard below does not rely on the logarithm's last place
     guess = np.minimum(-np.log(np.maximum(uniform, 2.0**-64)), 44.0).astype(np.int64)

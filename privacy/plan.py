@@ -6,13 +6,14 @@ Hospitals recompute everything here from the study alone before they approve it;
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from medfed import metrics
 from medfed.errors import ConfigError, PrivacyError, RemoteProtocolError
 from medfed.privacy import accounting, quantize
-from medfed.privacy.accounting import Mechanism
+from medfed.privacy.accounting import Bounds, Mechanism
 from medfed.standardization import most_of_one_patient
 from medfed.standardization import words as statistics_words
 from medfed.study import Study
@@ -29,6 +30,7 @@ class Plan:
     is masked, one of its own for local steps, whose outcome is masked without more noise.
     ``noise_sd``: standard deviation, in units of 2^-noise_exponent, of the noise this one hospital adds to a sum.
     ``statistics_words``, ``statistics_exponent`` and ``statistics_noise_sd`` are those of the sum before round 1, 0 without.
+    ``metrics_words``, ``metrics_exponent`` and ``metrics_noise_sd`` are those of the sum after the last round, likewise.
     ``mechanism``: what the stated guarantee counts: this hospital's noise (``local``), or the shares of the
     hospitals - colluders that are surely honest (``distributed``).
     ``own_mechanism``: this hospital's noise alone, which is what remains should the secure sum fail.
@@ -45,6 +47,10 @@ class Plan:
     statistics_words: int
     statistics_exponent: int
     statistics_noise_sd: float
+    metrics_words: int
+    metrics_exponent: int
+    metrics_noise_sd: float
+    sums_to_train: int
     mechanism: Mechanism
     own_mechanism: Mechanism
     attempts: int
@@ -52,18 +58,25 @@ class Plan:
     wrap_probability: float
 
     @property
+    def bounds(self) -> Bounds:
+        """Both upper bounds on epsilon of all attempts, spares included: the fixed list that approval reserves."""
+        return self.bounds_after(self.attempts)
+
+    @property
     def epsilon(self) -> float:
-        """Epsilon of all attempts, spares included: the fixed list that approval reserves."""
-        return self.epsilon_after(self.attempts)
+        """The smaller of them."""
+        return self.bounds.epsilon
 
     @property
     def ring_words(self) -> int:
-        """Length of every masked vector: the model's parameters, or the statistics where those are more."""
-        return max(self.words, self.statistics_words)
+        """Length of every masked vector: the model's parameters, or the statistics or metrics where those are more."""
+        return max(self.words, self.statistics_words, self.metrics_words)
 
     def grid_exponent(self, completed_rounds: int) -> int:
         """Of the sum that leads on from the state after ``completed_rounds``."""
-        return self.statistics_exponent if self.statistics_words and completed_rounds == 0 else self.exponent
+        if self.statistics_words and completed_rounds == 0:
+            return self.statistics_exponent
+        return self.metrics_exponent if completed_rounds == self.sums_to_train else self.exponent
 
     @property
     def events_per_attempt(self) -> int:
@@ -71,13 +84,27 @@ class Plan:
         return self.mechanism.repeats
 
     @property
+    def own_bounds(self) -> Bounds:
+        """The same if every upload were seen unmasked."""
+        return accounting.bounds(self.own_mechanism, self.attempts, self.delta)
+
+    @property
     def own_epsilon(self) -> float:
-        """Epsilon of all attempts if every upload were seen unmasked."""
-        return accounting.epsilon(accounting.compose(self.own_mechanism, self.attempts), self.delta)
+        """The smaller of them."""
+        return self.own_bounds.epsilon
+
+    def bounds_after(self, attempts: int) -> Bounds:
+        """Both bounds once ``attempts`` of the list are spent, with all their local steps; any of them may be training's, up to
+        training's own number. Each new number takes a moment where patients are sampled."""
+        return accounting.bounds(self.mechanism, attempts, self.delta)
 
     def epsilon_after(self, attempts: int) -> float:
-        """Epsilon once ``attempts`` of the list are spent, with all their local steps."""
-        return accounting.epsilon(accounting.compose(self.mechanism, attempts), self.delta) if attempts else 0.0
+        """The smaller of them."""
+        return self.bounds_after(attempts).epsilon
+
+    def running_epsilon(self, attempts: int) -> float:
+        """An upper bound on ``epsilon_after`` at once, for a line of progress."""
+        return accounting.running(self.mechanism, attempts, self.epsilon, self.delta)
 
     def read_total(self, data: bytes | memoryview) -> quantize.RingIntegers:
         """A released ring sum as it travels (little-endian words), read as two's complement: a view, signed integers
@@ -107,10 +134,9 @@ def make_plan(study: Study, words: int) -> Plan:
         wrap = study.training.attempts * quantize.wrap_probability(parties, limit, total_sd, words, bits)
     else:
         wrap = 0.0  # updates saturate after the noise: their sum cannot leave the ring
-    before = own.beforehand
-    if before is not None:
-        total_sd = before.sigma * math.sqrt(parties)
-        wrap += before.repeats * quantize.wrap_probability(parties, limit, total_sd, before.dimensions, bits)
+    for beside in own.once + own.aside:
+        total_sd = beside.sigma * math.sqrt(parties)
+        wrap += beside.repeats * quantize.wrap_probability(parties, limit, total_sd, beside.dimensions, bits)
     if wrap > WRAP_PROBABILITY_LIMIT:
         raise PrivacyError(
             145, f"the masked sum could overflow (chance {min(1.0, wrap):.1g})", "use a larger range or less noise"
@@ -124,8 +150,12 @@ def make_plan(study: Study, words: int) -> Plan:
         noise_limit=noise_limit,
         noise_sd=own.sigma,
         statistics_words=statistics_words(study),
-        statistics_exponent=0 if before is None else _statistics_exponent(study),
-        statistics_noise_sd=0.0 if before is None else before.sigma,
+        statistics_exponent=_statistics_exponent(study) if own.once else 0,
+        statistics_noise_sd=own.once[0].sigma if own.once else 0.0,
+        metrics_words=metrics.words(study),
+        metrics_exponent=_metrics_exponent(study) if own.aside else 0,
+        metrics_noise_sd=own.aside[0].sigma if own.aside else 0.0,
+        sums_to_train=study.sums_to_train,
         mechanism=mechanism,
         own_mechanism=own,
         attempts=study.attempts,
@@ -161,9 +191,24 @@ def _mechanisms(study: Study, words: int) -> tuple[Mechanism, Mechanism]:
     honest = study.cohort.hospitals - study.cohort.colluders
     shares = honest if privacy.mode == "distributed" else 1
     share_sd = needed_sd / math.sqrt(shares)
-    before = [_statistics_mechanism(study, observed, shares) for observed in (shares, 1)]
-    mechanism = Mechanism(privacy.sampling_rate, share_sd, shares, sensitivity, words, steps, before[0])
-    return mechanism, Mechanism(privacy.sampling_rate, share_sd, 1, sensitivity, words, steps, before[1])
+
+    def seen(observed: int) -> Mechanism:
+        """By whom ``observed`` shares stand before."""
+        return Mechanism(
+            sampling_rate=privacy.sampling_rate,
+            sigma=share_sd,
+            shares=observed,
+            sensitivity=sensitivity,
+            dimensions=words,
+            repeats=steps,
+            once=_statistics_mechanism(study, observed, shares),
+            # held-out patients never train, and those who train are not held out (``client.approval`` pins who is)
+            aside=_metrics_mechanism(study, observed, shares),
+            # the hospital's ledger refuses one more (``client.ledger``), so that no attempt is counted as both kinds
+            most=study.training.attempts if study.attempts > study.training.attempts else None,
+        )
+
+    return seen(shares), seen(1)
 
 
 def _statistics_exponent(study: Study) -> int:
@@ -172,14 +217,47 @@ def _statistics_exponent(study: Study) -> int:
     return quantize.grid_exponent(study.quantization.ring_bits, study.cohort.hospitals, study.statistics.range)
 
 
-def _statistics_mechanism(study: Study, observed: int, shares: int) -> Mechanism | None:
+def _statistics_mechanism(study: Study, observed: int, shares: int) -> tuple[Mechanism, ...]:
     """All attempts at the statistics, where ``observed`` of the ``shares`` of noise stand before the observer."""
     if study.statistics is None:
-        return None
+        return ()
     length = statistics_words(study)
     sensitivity = accounting.sensitivity(most_of_one_patient(study), _statistics_exponent(study), length)
     share_sd = study.statistics.noise_multiplier * sensitivity / math.sqrt(shares)
-    return Mechanism(1.0, share_sd, observed, sensitivity, length, study.statistics.attempts)
+    return (Mechanism(1.0, share_sd, observed, sensitivity, length, study.statistics.attempts),)
+
+
+def _metrics_exponent(study: Study) -> int:
+    if study.metrics is None or study.metrics.range is None:
+        raise ConfigError(203, "metrics.range is missing", "plan the study again")
+    return quantize.grid_exponent(study.quantization.ring_bits, study.cohort.hospitals, study.metrics.range)
+
+
+def _metrics_mechanism(study: Study, observed: int, shares: int) -> tuple[Mechanism, ...]:
+    """All attempts at the metrics, seen likewise."""
+    if study.metrics is None or study.metrics.noise_multiplier is None:
+        return ()
+    length = metrics.words(study)
+    sensitivity = accounting.sensitivity(metrics.most_of_one_patient(study), _metrics_exponent(study), length)
+    share_sd = study.metrics.noise_multiplier * sensitivity / math.sqrt(shares)
+    return (Mechanism(1.0, share_sd, observed, sensitivity, length, study.metrics.attempts),)
+
+
+def calibrate_metrics(study: Study, epsilon: float) -> Study:
+    """``study`` with the least noise in its metrics that keeps a held-out patient within ``epsilon``. MF-203 as ``calibrate``."""
+    shares = study.cohort.hospitals - study.cohort.colluders if study.privacy.mode == "distributed" else 1
+
+    def draft(noise_multiplier: float) -> Study:
+        asked = (
+            None if study.metrics is None else study.metrics.model_copy(update={"noise_multiplier": noise_multiplier})
+        )
+        return study.model_copy(update={"metrics": asked})
+
+    def mechanism(noise_multiplier: float) -> Mechanism:
+        return _metrics_mechanism(draft(noise_multiplier), shares, shares)[0]
+
+    found = accounting.calibrate(epsilon, study.privacy.delta, 1, mechanism)
+    return draft(min(max(found, 0.3), 10_000.0))
 
 
 def calibrate(study: Study, words: int, epsilon: float) -> Study:
@@ -191,7 +269,8 @@ def calibrate(study: Study, words: int, epsilon: float) -> Study:
 
     def mechanism(noise_multiplier: float) -> Mechanism:
         trial = draft.privacy.model_copy(update={"noise_multiplier": noise_multiplier})
-        return _mechanisms(draft.model_copy(update={"privacy": trial}), words)[0]
+        # what other patients pay aside has noise of its own
+        return replace(_mechanisms(draft.model_copy(update={"privacy": trial}), words)[0], aside=())
 
     found = accounting.calibrate(epsilon, study.privacy.delta, study.attempts, mechanism)
     if not 0.3 <= found <= 10_000:

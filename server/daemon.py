@@ -14,6 +14,7 @@ from medfed.errors import ConfigError, ExitStatus, MedfedError, PrivacyError
 from medfed.health import COORDINATOR, health_service
 from medfed.models import catalogue, parameters
 from medfed.privacy.plan import make_plan
+from medfed.privacy.statement import SIMULATION
 from medfed.process import give_large_memory_back
 from medfed.progress import Progress
 from medfed.roster import load_roster
@@ -55,7 +56,8 @@ def load_assignment(office: Office) -> Assignment:
     if plan.epsilon > study.privacy.epsilon:
         what = f"the study states epsilon {study.privacy.epsilon:g}, it is {plan.epsilon:.4f}"
         raise PrivacyError(135, what, "plan it again: medfed-server study new")
-    return Assignment(study, roster, plan, first_state(parameters.from_safetensors(model, model_file), study), identity)
+    first = first_state(parameters.from_safetensors(model, model_file), study)
+    return Assignment(study, roster, plan, first, identity, (SIMULATION,) if office.config.is_rehearsal else ())
 
 
 def run_folder(office: Office, assignment: Assignment) -> Path:
@@ -100,7 +102,7 @@ class StatusFile:
         self._office.seams.files.write(self._office.folder / "status.json", json.dumps(status, indent=1).encode())
 
     def _spent(self, attempts: int) -> float:
-        return self._assignment.plan.epsilon_after(attempts)
+        return self._assignment.plan.running_epsilon(attempts)
 
 
 def train(exchange: Exchange, config_path: Path) -> None:
@@ -124,9 +126,10 @@ def train_with(exchange: Exchange, config_path: Path, seams: Seams) -> Checkpoin
         except MedfedError as error:
             observe.write(rounds.checkpoint, "stopped", str(error))
             raise
+        record = rounds.record
         del rounds  # the last sum with it: what is left to do needs the memory
         checkpoint = replace(checkpoint, total=b"")
-        write_results(seams.files, folder, assignment, checkpoint)
+        write_results(seams.files, folder, assignment, checkpoint, record)
         observe.write(checkpoint, "done")
     log.info("the model is in %s", folder)
     return checkpoint

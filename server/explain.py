@@ -6,22 +6,27 @@ import math
 from collections.abc import Iterator
 from typing import TypedDict
 
+from medfed import metrics
 from medfed.display import block, shown
 from medfed.errors import PrivacyError
 from medfed.model_choice import described
 from medfed.models import catalogue, parameters
 from medfed.privacy.plan import Plan, make_plan
-from medfed.privacy.statement import statement
+from medfed.privacy.statement import NOT_CLAIMED, excess_noise, holds_against
 from medfed.roster import Roster
 from medfed.study import Study
 
+_HELD_OUT = 0.2
+
 
 class StudyCheck(TypedDict):
-    """``epsilon`` counts all attempts. ``noise_sd_of_mean``: standard deviation of the noise in each coordinate of the
+    """``epsilon`` counts all attempts; it is the smaller of ``epsilon_rdp`` and ``epsilon_pld`` (null where that bound has
+    none), as ``accountant`` says. ``noise_sd_of_mean``: standard deviation of the noise in each coordinate of the
     released mean (of gradients clipped to ``clipping_norm``, or of the updates of local steps), null without the roster.
     ``statistics_noise_sd``: the same of a feature's mean before round 1, in halves of its public range.
-    ``grid_step`` and ``range`` are in units of the gradient or update; ``wrap_probability`` is for all attempts and words
-    together."""
+    ``metrics_auc_noise_sd``: what the noise would do to an AUC of 0.80 with a fifth of the declared patients held out; null
+    without the roster, or where it would drown it. ``grid_step`` and ``range`` are in units of the gradient or update;
+    ``wrap_probability`` is for all attempts and words together."""
 
     study: str
     study_sha256: str
@@ -41,6 +46,9 @@ class StudyCheck(TypedDict):
     mode: str
     epsilon_claimed: float
     epsilon: float
+    epsilon_rdp: float
+    epsilon_pld: float | None
+    accountant: str
     epsilon_without_spares: float
     epsilon_own_noise_alone: float
     delta: float
@@ -50,6 +58,9 @@ class StudyCheck(TypedDict):
     noise_sd_of_mean: float | None
     statistics_attempts: int
     statistics_noise_sd: float | None
+    metrics_attempts: int
+    metrics_noise_multiplier: float | None
+    metrics_auc_noise_sd: float | None
     ring_bits: int
     grid_step: float
     range: float
@@ -65,7 +76,6 @@ def check(study: Study, roster: Roster | None, wall_s: float) -> StudyCheck:
     if plan.epsilon > study.privacy.epsilon:
         what = f"the study states epsilon {study.privacy.epsilon:g}, it is {plan.epsilon:.4f}"
         raise PrivacyError(135, what, "plan it again: medfed-server study new")
-    said = statement(study, plan, 0, {})
     step = 2.0**-plan.exponent
     noise = None
     if roster is not None:
@@ -89,22 +99,29 @@ def check(study: Study, roster: Roster | None, wall_s: float) -> StudyCheck:
         mode=study.privacy.mode,
         epsilon_claimed=study.privacy.epsilon,
         epsilon=plan.epsilon,
-        epsilon_without_spares=plan.epsilon_after(study.released_sums),
+        epsilon_rdp=plan.bounds.rdp,
+        epsilon_pld=plan.bounds.pld,
+        accountant=plan.bounds.accountant,
+        # whatever else a study has is paid for with the first attempt
+        epsilon_without_spares=plan.epsilon_after(study.training.rounds),
         epsilon_own_noise_alone=plan.own_epsilon,
         delta=plan.delta,
         noise_multiplier=study.privacy.noise_multiplier,
         clipping_norm=study.privacy.clipping_norm,
-        excess_noise=said["excess_noise"],
+        excess_noise=excess_noise(study),
         noise_sd_of_mean=noise,
-        statistics_attempts=said["statistics_attempts"],
+        statistics_attempts=0 if study.statistics is None else study.statistics.attempts,
         statistics_noise_sd=None if roster is None else _statistics_noise_sd(study, plan, roster),
+        metrics_attempts=0 if study.metrics is None else study.metrics.attempts,
+        metrics_noise_multiplier=None if study.metrics is None else study.metrics.noise_multiplier,
+        metrics_auc_noise_sd=None if roster is None else _metrics_auc_noise_sd(study, plan, roster),
         ring_bits=plan.ring_bits,
         grid_step=step,
         range=study.quantization.range,
         wrap_probability=plan.wrap_probability,
         upload_bytes_per_round=plan.ring_words * plan.ring_bits // 8,
-        holds_against=said["holds_against"],
-        not_claimed=said["not_claimed"],
+        holds_against=holds_against(study),
+        not_claimed=NOT_CLAIMED,
     )
 
 
@@ -123,6 +140,14 @@ def _statistics_noise_sd(study: Study, plan: Plan, roster: Roster) -> float | No
     return sum_sd / roster.nominal_patients
 
 
+def _metrics_auc_noise_sd(study: Study, plan: Plan, roster: Roster) -> float | None:
+    if study.metrics is None:
+        return None
+    noise_sd = metrics.noise_sd_of_cell(plan.metrics_noise_sd, plan.metrics_exponent, study.cohort.hospitals)
+    auc = metrics.expected(study, round(_HELD_OUT * roster.nominal_patients), noise_sd).auc
+    return None if auc is None else auc.noise_sd
+
+
 def in_words(checked: StudyCheck) -> Iterator[str]:
     """The check as lines for a terminal."""
     yield f"Study {shown(checked['study'])}, until {checked['expires']}{' (EXPIRED)' if checked['expired'] else ''}"
@@ -139,6 +164,9 @@ def in_words(checked: StudyCheck) -> Iterator[str]:
         f"Privacy: epsilon {checked['epsilon']:.4g} for all attempts (claimed {checked['epsilon_claimed']:g}), "
         f"{checked['epsilon_without_spares']:.4g} without spares, at delta {checked['delta']:g} a {checked['unit']}."
     )
+    pld = "no figure" if checked["epsilon_pld"] is None else f"{checked['epsilon_pld']:.4g}"
+    yield f"  the smaller of two bounds: privacy loss distribution {pld}, Renyi divergence {checked['epsilon_rdp']:.4g}"
+    yield "  a hospital's lifetime account counts by Renyi divergence"
     yield f"  mode {checked['mode']}: holds against {checked['holds_against']}"
     yield f"  one hospital's noise alone: epsilon {checked['epsilon_own_noise_alone']:.4g}"
     yield f"  not claimed: {checked['not_claimed']}"
@@ -156,6 +184,16 @@ def in_words(checked: StudyCheck) -> Iterator[str]:
         )
         if noise is not None:
             yield f"  in each mean: standard deviation {noise:.3g} of half the feature's range; useless where that is wide"
+    if checked["metrics_attempts"]:
+        noise = checked["metrics_auc_noise_sd"]
+        told = (
+            "would drown an AUC" if noise is None else f"would move an AUC of 0.80 by {noise:.3g} (standard deviation)"
+        )
+        yield (
+            f"Metrics: after the last round, noised counts over held-out patients, in at most {checked['metrics_attempts']} "
+            f"attempts, noise multiplier {checked['metrics_noise_multiplier']:g}; they are in nothing else."
+        )
+        yield f"  with one held-out patient for every five declared, the noise {told}"
     yield (
         f"Cohort: {checked['hospitals']} hospitals, of which {checked['colluders']} may conspire with the coordinator; "
         "all of them are needed in every round."

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
+from medfed.coupling import refuse_coupling
 from medfed.data_contract import DataContract
 from medfed.display import shown
 from medfed.errors import ConfigError, PrivacyError
@@ -22,6 +23,7 @@ from medfed.study import (
     Deadlines,
     Header,
     LocalSteps,
+    Metrics,
     Privacy,
     Quantization,
     Statistics,
@@ -29,7 +31,7 @@ from medfed.study import (
     Task,
     Training,
 )
-from medfed.toml_files import StrictModel, load
+from medfed.toml_files import StrictModel, read_values, validate
 
 TEMPLATES = Path(__file__).parent / "templates"
 FEWEST_HOSPITALS = 3
@@ -47,6 +49,7 @@ class TaskFile(StrictModel):
     model: ModelChoice
     statistics: Statistics | None = None
     training: Training
+    metrics: Metrics | None = None
     sampling_rate: Annotated[float, Field(gt=0.0, le=1.0)]
     clipping_norm: Annotated[float, Field(gt=0.0, le=1000.0)]
     deadlines: Deadlines
@@ -62,7 +65,9 @@ def load_task(files: Files, name: str) -> TaskFile:
     path = TEMPLATES / f"{name}.toml" if name in template_names() else Path(name)
     if not files.exists(path):
         raise ConfigError(606, f"task {shown(name)} not found", f"name a file, or one of {', '.join(template_names())}")
-    return load(files, path, TaskFile)
+    values = read_values(files, path)
+    refuse_coupling(values, path.name)
+    return validate(values, path.name, TaskFile)
 
 
 def template_text(files: Files, name: str) -> str:
@@ -108,6 +113,7 @@ def plan_study(task: TaskFile, decisions: Decisions, roster: Roster) -> tuple[St
             model=task.model.model_copy(update={"first_model_sha256": "0" * 64}),
             statistics=_with_range(task.statistics, largest),
             training=_completed(task.training, sum_range),
+            metrics=_metrics(task.metrics, largest),
             privacy=Privacy(
                 unit=decisions.unit,
                 adjacency="add-remove",
@@ -131,6 +137,8 @@ def plan_study(task: TaskFile, decisions: Decisions, roster: Roster) -> tuple[St
     model = catalogue.build(draft)
     model_file = parameters.to_safetensors(model, parameters.flatten(model))
     pinned = draft.model.model_copy(update={"first_model_sha256": parameters.file_hash(model_file)})
+    if task.metrics is not None and task.metrics.noise_multiplier is None:
+        draft = plans.calibrate_metrics(draft, decisions.epsilon)
     study = plans.calibrate(draft.model_copy(update={"model": pinned}), parameters.count(model), decisions.epsilon)
     if study.training.local is not None:
         study = _with_update_range(study, study.training.local, parameters.count(model), roster)
@@ -146,10 +154,22 @@ def _completed(training: Training, sum_range: float) -> Training:
 
 
 def _with_range(statistics: Statistics | None, largest_hospital: int) -> Statistics | None:
-    """With the bound of a hospital's sum: no coordinate exceeds its patients, if it has at most an eighth more than it said."""
     if statistics is None or statistics.range is not None:
         return statistics
-    return statistics.model_copy(update={"range": 2.0 ** math.ceil(math.log2(largest_hospital * 1.125))})
+    return statistics.model_copy(update={"range": _patients_at_most(largest_hospital)})
+
+
+def _metrics(metrics: Metrics | None, largest_hospital: int) -> Metrics | None:
+    """With what the task left open; the noise is calibrated afterwards."""
+    if metrics is None:
+        return None
+    bound = _patients_at_most(largest_hospital) if metrics.range is None else metrics.range
+    return metrics.model_copy(update={"range": bound, "noise_multiplier": metrics.noise_multiplier or 1.0})
+
+
+def _patients_at_most(largest_hospital: int) -> float:
+    """The bound of a hospital's sum of patients: none exceeds it that has at most an eighth more than it said."""
+    return 2.0 ** math.ceil(math.log2(largest_hospital * 1.125))
 
 
 def _with_update_range(study: Study, local: LocalSteps, words: int, roster: Roster) -> Study:

@@ -1,48 +1,70 @@
-"""What a run leaves: model, study, privacy statement, result, report. Written once all is well, never half."""
+"""What a run leaves: model, study, signed privacy statement, journal, result, report. Written once all is well, never half."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from pathlib import Path
 
-from medfed.advance import released_weights
-from medfed.models import catalogue, parameters
-from medfed.privacy.statement import Statement, statement
+from medfed import metrics
+from medfed.privacy.page import page
+from medfed.privacy.statement import Statement
 from medfed.seams import Files
+from medfed.server.ending import RunRecord, model_file
 from medfed.server.rounds import Assignment
 from medfed.server.store import Checkpoint
 from medfed.server.study_file import render
+from medfed.study import Study
 
-_VERSIONED = ("medfed", "flwr", "torch", "opacus", "dp-accounting", "cryptography", "numpy")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the guarantee was computed with."""
-    return {name: importlib.metadata.version(name) for name in _VERSIONED}
+MODEL_NAME, STUDY_NAME = "model.safetensors", "study.toml"
+RECORD_NAMES = ("privacy.json", "privacy.md", "study.json", "roster.json", "journal.jsonl")
+"""What proves a run, beside its model and its study: docs/privacy_statement.md."""
 
 
-def privacy_statement(assignment: Assignment, checkpoint: Checkpoint) -> Statement:
-    return statement(assignment.study, assignment.plan, checkpoint.last_attempt, versions())
-
-
-def write_results(files: Files, folder: Path, assignment: Assignment, checkpoint: Checkpoint) -> None:
-    """``model.safetensors``, ``study.toml``, ``privacy.json``, ``result.json`` and ``report.md`` of a finished run."""
+def write_results(
+    files: Files, folder: Path, assignment: Assignment, checkpoint: Checkpoint, record: RunRecord
+) -> None:
+    """``model.safetensors``, ``study.toml``, ``RECORD_NAMES``, ``result.json`` and ``report.md`` of a finished run."""
     files.make_folder(folder)
     study = assignment.study
-    weights = released_weights(checkpoint.state, study)
-    said = privacy_statement(assignment, checkpoint)
-    files.write(folder / "model.safetensors", parameters.to_safetensors(catalogue.build(study), weights))
-    files.write(folder / "study.toml", render(study).encode())
-    files.write(folder / "privacy.json", _json(dict(said)))
-    files.write(folder / "report.md", _report(assignment, checkpoint, said).encode())
-    files.write(folder / "result.json", _json(_result(assignment, checkpoint, said)))
+    files.write(folder / MODEL_NAME, model_file(study, checkpoint.state))
+    files.write(folder / STUDY_NAME, render(study).encode())
+    write_record(files, folder, study, record)
+    files.write(folder / "report.md", _report(assignment, checkpoint, record.said).encode())
+    files.write(folder / "result.json", _json(_result(assignment, checkpoint, record.said)))
+
+
+def write_record(files: Files, folder: Path, study: Study, record: RunRecord) -> None:
+    """``RECORD_NAMES``: what ``medfed-client verify`` reads."""
+    file = record.privacy_file
+    contents = (
+        file.to_bytes(),
+        page(file, record.roster).encode(),
+        study.canonical_bytes(),
+        record.roster.to_bytes(),
+        record.journal,
+    )
+    for name, data in zip(RECORD_NAMES, contents, strict=True):
+        files.write(folder / name, data)
+
+
+def held_out_metrics(assignment: Assignment, checkpoint: Checkpoint, *, noised: bool = True) -> metrics.Metrics | None:
+    """What the released cells say of the model; None where the study asks for none, or they are still to come.
+
+    ``noised``: False where a simulation left the noise out.
+    """
+    study, plan = assignment.study, assignment.plan
+    if study.metrics is None or checkpoint.state.completed_rounds < study.released_sums:
+        return None
+    hospitals = study.cohort.hospitals if noised else 0
+    noise_sd = metrics.noise_sd_of_cell(plan.metrics_noise_sd, plan.metrics_exponent, hospitals)
+    return metrics.from_cells(study, checkpoint.state.metrics, noise_sd)
 
 
 def _result(assignment: Assignment, checkpoint: Checkpoint, said: Statement) -> dict[str, object]:
     """The keys of every run; metrics are null, as exact metrics never leave a hospital."""
     seconds = sum(record.seconds for record in checkpoint.records)
     rounds = len(checkpoint.records)
+    found = held_out_metrics(assignment, checkpoint)
     return {
         "cohort": assignment.study.study.name,
         "hospitals": assignment.study.cohort.hospitals,
@@ -50,21 +72,28 @@ def _result(assignment: Assignment, checkpoint: Checkpoint, said: Statement) -> 
         "test_auc": None,
         "test_auc_sd": None,
         "pooled_auc": None,
-        "epsilon": said["epsilon"],
-        "epsilon_spent": said["epsilon_spent"],
-        "delta": said["delta"],
-        "unit": said["unit"],
-        "mode": said["mode"],
-        "accountant": said["accountant"],
-        "colluders": said["colluders"],
+        "epsilon": said.epsilon,
+        "epsilon_spent": said.epsilon_spent,
+        "delta": said.delta,
+        "unit": said.unit,
+        "mode": said.mode,
+        "accountant": said.accountant,
+        "colluders": said.colluders,
         "seconds": round(seconds, 4),
         "seconds_per_round": round(seconds / max(rounds, 1), 4),
         "overhead_s_per_round": None,
         "upload_bytes_per_round": max((record.upload_bytes for record in checkpoint.records), default=0),
         "dropped": 0,
         "attempts": checkpoint.last_attempt,
-        "evaluation": "none: exact metrics stay at the hospitals",
+        "evaluation": _EVALUATIONS[found is not None],
+        "held_out_metrics": [] if found is None else [found.to_json()],
     }
+
+
+_EVALUATIONS = {
+    False: "none: exact metrics stay at the hospitals",
+    True: "noised counts over the hospitals' held-out patients",
+}
 
 
 def _report(assignment: Assignment, checkpoint: Checkpoint, said: Statement) -> str:
@@ -74,17 +103,25 @@ def _report(assignment: Assignment, checkpoint: Checkpoint, said: Statement) -> 
         "",
         study.study.purpose,
         "",
-        f"A patient's data can change the odds of any conclusion drawn from this model by at most e^{said['epsilon']:.4g}, "
-        f"up to delta = {said['delta']:g} (unit: {said['unit']}, adjacency: {said['adjacency']}, mode: {said['mode']}).",
-        f"It holds against {said['holds_against']}. Not claimed: {said['not_claimed']}.",
+        f"A patient's data can change the odds of any conclusion drawn from this model by at most e^{said.epsilon:.4g}, "
+        f"up to delta = {said.delta:g} (unit: {said.unit}, adjacency: {said.adjacency}, mode: {said.mode}).",
+        f"It holds against {said.holds_against}. Not claimed: {said.not_claimed}.",
         "",
-        f"{len(checkpoint.records)} rounds, {checkpoint.last_attempt} of {said['attempts_approved']} attempts used, "
-        f"epsilon spent {said['epsilon_spent']:.4g}.",
+        f"{len(checkpoint.records)} rounds, {checkpoint.last_attempt} of {said.attempts_approved} attempts used, "
+        f"epsilon spent {said.epsilon_spent:.4g}.",
         "",
         "| round | attempt | seconds | upload bytes a hospital |",
         "|-|-|-|-|",
     ]
     lines += [f"| {r.round} | {r.attempt} | {r.seconds:.3f} | {r.upload_bytes} |" for r in checkpoint.records]
+    found = held_out_metrics(assignment, checkpoint)
+    if found is not None:
+        lines += [
+            "",
+            "On held-out patients, from noised counts (and between which figures it lies in 95 of 100 cases):",
+            "",
+        ]
+        lines += [f"- {line}" for line in metrics.in_words(found)]
     lines += ["", "| hospital | declared patients |", "|-|-|"]
     lines += [f"| {entry.hospital} | {entry.nominal_patients} |" for entry in assignment.roster.hospitals]
     return "\n".join(lines) + "\n"

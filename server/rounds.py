@@ -19,9 +19,12 @@ from medfed.identity import Identity, verify
 from medfed.privacy.plan import Plan
 from medfed.privacy.secagg.aggregator import Aggregator
 from medfed.privacy.secagg.protocol import AggregatorConfig, parse_offer, split_offer
+from medfed.privacy.statement import canonical
 from medfed.roster import Roster
 from medfed.seams import Seams
+from medfed.server.ending import RunRecord, open_record
 from medfed.server.exchange import Exchange, Kind
+from medfed.server.heads import LedgerHeads
 from medfed.server.mail import RETRY_S, Envelope, Mail, Outgoing
 from medfed.server.store import Checkpoint, RoundRecord, Store
 from medfed.study import Study
@@ -40,6 +43,7 @@ from medfed.wire import (
     encode,
     state_statement,
 )
+from medfed.witness import with_heads
 
 log = logging.getLogger("medfed.server")
 
@@ -48,6 +52,8 @@ _FATAL = {
     Refused.STATE_MISMATCH: "it computed another model state",
     Refused.SIGNATURES: "it refuses the signatures over the model state",
     Refused.OFFERS_REFUSED: "it refuses the peers' keys",
+    Refused.LEDGER_BEHIND: "its ledger is older than others saw it, or a second copy (MF-405), and locked",
+    Refused.HEADS_MISSING: "it misses what hospitals told of each other's ledgers",
 }
 
 
@@ -76,6 +82,7 @@ class Assignment:
     plan: Plan
     first: ModelState
     identity: Identity
+    stamps: tuple[str, ...] = ()  # what the run must not be mistaken for: of rehearsals only
 
     def without_first(self) -> Assignment:
         """The same for the rounds after the first, without the first model's memory."""
@@ -123,7 +130,9 @@ class Rounds:
         self._observe = observe
         self._aggregator: Aggregator | None = None
         self._session = b""
+        self._heads = LedgerHeads(store.witness(), assignment.roster)
         self._transfers: set[bytes] = set()
+        self._record: RunRecord | None = None
         # the request of the open attempt, until it is sent for the first time; then it lies on disk only
         self._unsent: bytes | None = None
         loaded = store.load_checkpoint()
@@ -133,6 +142,13 @@ class Rounds:
     def checkpoint(self) -> Checkpoint:
         """The last completed round, and the attempts used so far."""
         return self._checkpoint
+
+    @property
+    def record(self) -> RunRecord:
+        """What proves the run, signed by all hospitals: there once ``run`` has returned."""
+        if self._record is None:
+            raise ProtocolError(900, "the run is not finished", "please report this")
+        return self._record
 
     def run(self) -> Checkpoint:
         """All rounds that are left, then the final model. Returns the final checkpoint.
@@ -171,7 +187,7 @@ class Rounds:
         """One session's setup. Raises ``SessionLost`` if a hospital restarted in it, MF-191 at the deadline."""
         self._session = self._entropy.draw("session", 16)
         aggregator = Aggregator(self._it.secagg_config())
-        request = encode(SetupRequest(self._study_hash, self._session), self._it.identity)
+        request = encode(SetupRequest(self._study_hash, self._session, self._heads.begin()), self._it.identity)
         mail = self._mail(lambda: request, Kind.QUERY, timeout_s)
         while not aggregator.offers_complete:
             waiting = aggregator.missing_offers
@@ -180,8 +196,11 @@ class Rounds:
                 if isinstance(message, OfferReply) and message.session == self._session:
                     self._take_offer(aggregator, mail, position, message)
                 elif isinstance(message, Refusal):
+                    if message.nonce == self._session and message.reason == Refused.LEDGER_BEHIND:
+                        self._refused(position, Refused.LEDGER_BEHIND)
                     log.info("%s: %s", self._name(position), _reason(message).name)
                     mail.again(position, RETRY_S)
+        self._heads.save()
         return aggregator
 
     def _take_offer(self, aggregator: Aggregator, mail: Mail, position: int, reply: OfferReply) -> None:
@@ -190,6 +209,7 @@ class Rounds:
             body, _ = split_offer(reply.offer)
             if parse_offer(body, self._it.secagg_config()).position != position:
                 raise RemoteProtocolError(111, "an offer in another hospital's name", "refused")
+            self._heads.take_told(position, reply.heads)
             aggregator.add_offer(reply.offer)
         except RemoteProtocolError as error:
             if error.code == 183:
@@ -221,16 +241,27 @@ class Rounds:
         log.info("resuming attempt %d", request.attempt)
         self._aggregator = Aggregator.from_offers(self._it.secagg_config(), request.offers)
         self._session = request.session
-        self._aggregator.open_round(request.attempt, task_hash(self._study_hash, state))
+        self._heads.resume(request.heads)
+        self._aggregator.open_round(request.attempt, with_heads(task_hash(self._study_hash, state), request.heads))
         self._checkpoint = replace(self._checkpoint, last_attempt=request.attempt, previous=None, total=b"")
         return _Attempt(request.attempt, request.nonce)
 
     def _most_attempts(self, completed_rounds: int) -> int:
-        """The last attempt that may be made here: of the statistics, which come first, as many as the study names."""
-        statistics = self._it.study.statistics
-        if statistics is not None and completed_rounds == 0:
-            return statistics.attempts
-        return self._it.study.attempts
+        """The last attempt that may be made here: of statistics, training and metrics, each as many as the study names.
+
+        What one of them left over the next may not use: hospitals refuse it.
+        """
+        study = self._it.study
+        before = 0 if study.statistics is None else 1
+        if completed_rounds < before and study.statistics is not None:
+            return study.statistics.attempts
+        if completed_rounds < study.sums_to_train or study.metrics is None:
+            return self._attempts_until(before) + study.training.attempts
+        return self._attempts_until(study.sums_to_train) + study.metrics.attempts
+
+    def _attempts_until(self, completed_rounds: int) -> int:
+        """How many attempts it took to complete so many rounds."""
+        return self._checkpoint.records[completed_rounds - 1].attempt if completed_rounds else 0
 
     def _new_attempt(self) -> _Attempt:
         """Take the next event of the fixed list and write its request down before anybody is asked."""
@@ -251,13 +282,14 @@ class Rounds:
             state.completed_rounds,
             state_hash(self._study_hash, state),
             aggregator.offers(),
+            self._heads.for_round(),
             self._total(),
         )
         self._unsent = encode(request, self._it.identity)
         self._store.save_open_attempt(self._unsent)
         # from here on the total is in the request; its own bytes may be those that the aggregator now sets to zero
         self._checkpoint = replace(self._checkpoint, last_attempt=attempt, previous=None, total=b"")
-        aggregator.open_round(attempt, task_hash(self._study_hash, state))
+        aggregator.open_round(attempt, with_heads(task_hash(self._study_hash, state), request.heads))
         return _Attempt(attempt, request.nonce)
 
     def _total(self) -> bytes | memoryview:
@@ -292,9 +324,7 @@ class Rounds:
         while aggregator.missing:
             self._observe(self._checkpoint, f"round {number}, attempt {request.attempt}")
             size = self._take_replies(mail, aggregator, request, attestations) or size
-        self._advance(
-            aggregator, attestations, RoundRecord(number, request.attempt, self._clock.monotonic() - started, size)
-        )
+        self._advance(aggregator, attestations, request.attempt, self._clock.monotonic() - started, size)
 
     def _take_replies(
         self, mail: Mail, aggregator: Aggregator, request: _Attempt, attestations: dict[int, bytes]
@@ -305,14 +335,17 @@ class Rounds:
             replies = mail.gather(aggregator.missing, "deadline passed")
         except EnvironmentFault as error:
             raise AttemptLost(error.what) from error
-        for position, message, reply_bytes in replies:
-            if isinstance(message, Upload) and message.nonce == request.nonce:
-                self._take_upload(aggregator, position, message, attestations)
-                size = reply_bytes
-            elif isinstance(message, Refusal) and self._concerns(message, request.nonce):
-                self._refused(position, _reason(message))
-            elif isinstance(message, StateAccepted):
-                mail.again(position, 0.0)
+        try:
+            for position, message, reply_bytes in replies:
+                if isinstance(message, Upload) and message.nonce == request.nonce:
+                    self._take_upload(aggregator, position, message, attestations)
+                    size = reply_bytes
+                elif isinstance(message, Refusal) and self._concerns(message, request.nonce):
+                    self._refused(position, _reason(message))
+                elif isinstance(message, StateAccepted):
+                    mail.again(position, 0.0)
+        finally:
+            self._heads.save()  # what was charged is known here even if the attempt, or this process, is lost now
         return size
 
     def _take_upload(
@@ -323,6 +356,7 @@ class Rounds:
         statement = state_statement(self._study_hash, state.completed_rounds, state_hash(self._study_hash, state))
         try:
             verify(self._it.roster.identities[position], upload.attestation, statement)
+            self._heads.take_upload(position, upload.head)
             aggregator.add_upload(upload.payload)
         except RemoteProtocolError as error:
             log.error("ALARM: upload of %s refused: %s", self._name(position), error)
@@ -366,12 +400,17 @@ class Rounds:
         frame = encode(transfer, self._it.identity)
         self._exchange.send(position, Kind.QUERY, frame, self._it.study.deadlines.round_s)
 
-    def _advance(self, aggregator: Aggregator, attestations: dict[int, bytes], record: RoundRecord) -> None:
+    def _advance(
+        self, aggregator: Aggregator, attestations: dict[int, bytes], attempt: int, seconds: float, upload_bytes: int
+    ) -> None:
         total = aggregator.total_bytes()
         state = self._checkpoint.state
+        after = self._it.advance(state, total)
+        digest = state_hash(self._study_hash, after).hex()
+        record = RoundRecord(after.completed_rounds, attempt, seconds, upload_bytes, digest)
         signed = tuple(position.to_bytes(2, "big") + attestations[position] for position in sorted(attestations))
         self._checkpoint = Checkpoint(
-            self._it.advance(state, total),
+            after,
             state,
             total,
             signed,
@@ -387,22 +426,32 @@ class Rounds:
     # --- the end -----------------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
-        """Every hospital computes the final model itself and signs it; all signatures must be over the same state."""
-        state = self._checkpoint.state
+        """Every hospital works out the final model and its privacy statement itself, and signs both; all must agree."""
+        it, state = self._it, self._checkpoint.state
         digest = state_hash(self._study_hash, state)
-        statement = state_statement(self._study_hash, state.completed_rounds, digest)
-        nonce = self._entropy.draw("nonce", 16)
-        finish = Finish(self._study_hash, nonce, state.completed_rounds, digest, self._total())
+        record = open_record(it.study, it.roster, it.plan, it.identity, self._checkpoint, it.stamps)
+        finish = Finish(
+            study_hash=self._study_hash,
+            nonce=self._entropy.draw("nonce", 16),
+            round=state.completed_rounds,
+            state_hash=digest,
+            heads=self._heads.known(),
+            statement=canonical(record.said),
+            statement_signature=record.signature,
+            total=self._total(),
+        )
         frame = encode(finish, self._it.identity)
         mail = self._mail(lambda: frame, Kind.QUERY, self._it.study.deadlines.round_s)
         left = set(range(len(self._it.roster.hospitals)))
         while left:
             self._observe(self._checkpoint, f"final model: waiting for {self._names(frozenset(left))}")
             for position, message, _ in mail.gather(frozenset(left), "no signature over the final model from all"):
-                if isinstance(message, Finished) and message.nonce == nonce:
-                    self._check_final(position, message, statement)
+                if isinstance(message, Finished) and message.nonce == finish.nonce:
+                    record.take(position, message)
                     left.discard(position)
-                elif isinstance(message, Refusal) and self._concerns(message, nonce):
+                elif isinstance(message, Refusal) and self._concerns(message, finish.nonce):
+                    if message.reason == Refused.LEDGER_BEHIND:
+                        self._refused(position, Refused.LEDGER_BEHIND)
                     if message.reason != Refused.NEED_STATE:
                         raise RemoteProtocolError(
                             193, f"{self._name(position)} does not confirm the final model", "its own log says why"
@@ -410,12 +459,7 @@ class Rounds:
                     self._transfer_state(position)
                 elif isinstance(message, StateAccepted):
                     mail.again(position, 0.0)
-
-    def _check_final(self, position: int, message: Finished, statement: bytes) -> None:
-        try:
-            verify(self._it.roster.identities[position], message.attestation, statement)
-        except RemoteProtocolError as error:
-            raise RemoteProtocolError(193, f"{self._name(position)} computed another model", "stop and look") from error
+        self._record = record
 
     # --- small things ------------------------------------------------------------------------------------------------
 

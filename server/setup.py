@@ -5,6 +5,7 @@ identity.key             Ed25519, signs every request to hospitals
 tls/                     the authority and the server's certificate
 roster.json              the enrolled hospitals
 studies/HASH/            checkpoints, final model and results of a run
+runs/witnesses.bin       the newest heads of hospitals' ledgers
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -51,12 +52,24 @@ class Run(StrictModel):
     study: Annotated[str, Field(min_length=1, max_length=4096)]
 
 
+class Rehearsal(StrictModel):
+    """Marks the statement of every run: its hospitals are simulated, whoever signed."""
+
+    simulated: Literal[True]
+
+
 class ServerConfig(StrictModel):
     """``server.toml``."""
 
     listen: Listen
     run: Run
     health: HealthSection | None = None
+    rehearsal: Rehearsal | None = None
+
+    @property
+    def is_rehearsal(self) -> bool:
+        """Whether everything this coordinator leaves is to be marked as a simulation."""
+        return self.rehearsal is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,9 @@ from medfed.advance import ModelState, parse_state, state_pieces
 from medfed.errors import MedfedError, RemoteProtocolError
 from medfed.seams import Files
 from medfed.study import Study
+from medfed.witness import Witness
 
-_LABEL = b"medfed/checkpoint/v2"
+_LABEL = b"medfed/checkpoint/v3"
 _DIGEST_BYTES = 32
 _LIMIT_BYTES = 1 << 34
 
@@ -27,12 +28,13 @@ Part = Sequence[bytes | memoryview]  # one part of a file, itself in pieces
 
 @dataclass(frozen=True, slots=True)
 class RoundRecord:
-    """One completed round, for the report: the attempt that completed it and what it took."""
+    """One completed round, for report and journal: the attempt that completed it, what it took, which state it led to."""
 
     round: int
     attempt: int
     seconds: float
     upload_bytes: int
+    state_sha256: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,6 +94,10 @@ class Store:
 
     def clear_open_attempt(self) -> None:
         self._files.remove(self._folder / "attempt.bin")
+
+    def witness(self) -> Witness:
+        """The heads of hospitals' ledgers: one file for all studies, as a hospital has one ledger for all of its own."""
+        return Witness(self._files, self._folder.parent / "witnesses.bin")
 
     def write(self, name: str, data: bytes) -> None:
         """A result file (model, result), written atomically."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medfed.command import Parser, new_parser, run_command, say, say_json, say_lines
+from medfed.command import Parser, new_parser, report, run_command, say, say_json, say_lines
 from medfed.errors import ConfigError, ExitStatus
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ _MOST_SPLITS = 1000
 _MODES = ("local", "distributed")
 _BACKENDS = ("process", "ray")
 _MODELS = ("logistic-regression", "mlp", "cnn", "lstm", "gru", "transformer")
+_AUDITS = ("mechanism", "one-run", "membership", "inversion")
 _OWN = ("label", "partition", "patient_column", "leave_out", "test", "task")
 
 
@@ -51,8 +52,10 @@ def build_parser() -> Parser:
     cohorts = commands.add_parser("cohorts", help="list the public and synthetic cohorts to rehearse with")
     _add_json(cohorts)
     cohorts.set_defaults(action=_cohorts)
+    _add_plan(commands)
     _add_fetch(commands)
     _add_federation(commands)
+    _add_audit(commands)
     return parser
 
 
@@ -79,6 +82,11 @@ def _add_run(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     run.add_argument("--rounds", type=_count, metavar="N", help="instead of the task's")
     run.add_argument("--model", choices=_MODELS, help="instead of the task's")
+    run.add_argument(
+        "--metrics",
+        action="store_true",
+        help="hold a fifth of the training patients out and measure the model on them by noised counts through the masked sum",
+    )
     run.add_argument("--seed", type=_seed, metavar="S", help="split and all randomness repeat; not private")
     run.add_argument(
         "--split-seeds",
@@ -127,6 +135,32 @@ def _add_own_table(run: Parser) -> None:
     )
 
 
+def _add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="show a study's epsilon round by round, its noise, bytes, time and memory, before anybody joins",
+        description="What a study costs a patient with every attempt, how much noise other epsilons would need, what is sent, "
+        "and how long an attempt takes on this machine, from a trial on made-up records.",
+    )
+    plan.add_argument("study", type=Path, metavar="STUDY", help="a study.toml")
+    plan.add_argument(
+        "--patients",
+        type=_count,
+        metavar="N",
+        help="of one hospital (default: the largest in roster.json beside the study)",
+    )
+    plan.add_argument(
+        "--epsilon",
+        type=_positive_epsilon,
+        action="append",
+        metavar="E",
+        help="tell the noise for it (may be repeated)",
+    )
+    plan.add_argument("--out", type=Path, metavar="PNG", help="a plot of epsilon by attempt")
+    _add_json(plan)
+    plan.set_defaults(action=_study_plan)
+
+
 def _add_fetch(commands: argparse._SubParsersAction[Parser]) -> None:
     fetch = commands.add_parser(
         "fetch",
@@ -159,6 +193,22 @@ def _add_federation(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     _add_json(federation)
     federation.set_defaults(action=_federation)
+
+
+def _add_audit(commands: argparse._SubParsersAction[Parser]) -> None:
+    audit = commands.add_parser(
+        "audit",
+        help="attack the code that hospitals run, and measure whether its promises of privacy hold",
+        description="Measure lower bounds on epsilon of one attempt and of a whole training, infer membership and rebuild "
+        "patients from what leaves a hospital; each attack also with its defence off, where it must succeed. Exit status 4: "
+        "a promise is broken (MF-710), or an attack has become too weak to tell (MF-711).",
+    )
+    audit.add_argument("--only", choices=_AUDITS, help="one of the four audits")
+    audit.add_argument("--quick", action="store_true", help="fewer cases and shadow models: under a minute")
+    audit.add_argument("--seed", type=_seed, metavar="S", help="all randomness repeats; not private")
+    audit.add_argument("--out", type=Path, metavar="DIR", help="the audit's folder (default: a new one in runs)")
+    _add_json(audit)
+    audit.set_defaults(action=_audit)
 
 
 def _add_epsilon(parser: Parser, more: str) -> None:
@@ -290,6 +340,7 @@ def _plan(arguments: argparse.Namespace) -> Rehearsal:
         rounds=arguments.rounds,
         seed=arguments.seed,
         model=arguments.model,
+        metrics=arguments.metrics,
     )
 
 
@@ -302,6 +353,8 @@ def _plan_of(study: Study, arguments: argparse.Namespace) -> Rehearsal:
     without_noise = arguments.epsilon is not None and math.isinf(arguments.epsilon)
     if arguments.epsilon is not None and not without_noise:
         named.append("--epsilon")
+    if arguments.metrics:
+        named.append("--metrics")
     if named:
         raise ConfigError(100, f"{', '.join(named)} would change the study", "leave it out, or change the study's file")
     epsilon = None if without_noise else study.privacy.epsilon
@@ -354,6 +407,34 @@ def _own_cohorts(study: Study | None, arguments: argparse.Namespace, seams: Seam
     )
     seeds = arguments.split_seeds or ((1,) if arguments.seed is None else (arguments.seed,))
     return own_cohorts(seams.files, table, seeds)
+
+
+def _study_plan(arguments: argparse.Namespace) -> int:
+    from medfed.client.outlook import WANTED, in_words, outlook
+    from medfed.models import catalogue, parameters
+    from medfed.privacy.plan import make_plan
+    from medfed.roster import load_roster
+    from medfed.seams import system_seams
+    from medfed.simulations import plots
+    from medfed.study import load_study
+
+    seams = system_seams()
+    study = load_study(seams.files, arguments.study)
+    beside = arguments.study.parent / "roster.json"
+    patients = arguments.patients
+    if patients is None:
+        if not seams.files.exists(beside):
+            raise ConfigError(100, "there is no roster.json beside the study", "say how many patients: --patients N")
+        patients = max(entry.nominal_patients for entry in load_roster(seams.files, beside).hospitals)
+    model = catalogue.build(study)
+    plan = make_plan(study, parameters.count(model))
+    wanted = arguments.epsilon or WANTED
+    found = outlook(study, plan, model, patients=patients, wanted=wanted, clock=seams.clock)
+    if arguments.out is not None:
+        plots.require_matplotlib()
+        seams.files.write(arguments.out, plots.epsilon_planned(found, study.training.rounds, plan.delta))
+    report(arguments.json, found, in_words(found))
+    return ExitStatus.HANDLED
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -432,6 +513,24 @@ def _federation(arguments: argparse.Namespace) -> int:
         arguments.split_seed = COHORTS[arguments.cohort].protocol_seeds[0]
     require_replaceable(arguments.out, system_seams())
     return run_federation(arguments)
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from medfed.seams import system_seams
+    from medfed.simulations.audits.command import run_audits
+    from medfed.simulations.quiet import quiet_parties
+
+    names = _AUDITS if arguments.only is None else (arguments.only,)
+    with quiet_parties():
+        run_audits(
+            names,
+            system_seams(),
+            seed=arguments.seed,
+            quick=arguments.quick,
+            out=arguments.out,
+            as_json=arguments.json,
+        )
+    return ExitStatus.HANDLED
 
 
 if __name__ == "__main__":

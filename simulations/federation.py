@@ -21,6 +21,7 @@ from medfed.command import say, say_json
 from medfed.errors import EnvironmentFault, ExitStatus
 from medfed.seams import Seams, system_seams
 from medfed.server.daemon import load_assignment, read_status, run_folder
+from medfed.server.results import RECORD_NAMES
 from medfed.server.setup import CONFIG_NAME as SERVER_CONFIG_NAME
 from medfed.server.setup import load_office
 from medfed.server.store import Store
@@ -158,7 +159,7 @@ def federate(folder: Path, cohort: Cohort, plan: Rehearsal, seams: Seams) -> dic
     return federation_result(cohort, assignment, checkpoint, training, seconds, run)
 
 
-RESULTS = ("model.safetensors", "study.toml", "privacy.json", "report.md")
+RESULTS = ("model.safetensors", "study.toml", "report.md", *RECORD_NAMES)
 
 
 def run_federation(arguments: argparse.Namespace) -> int:
@@ -173,8 +174,8 @@ def run_federation(arguments: argparse.Namespace) -> int:
         except BaseException:
             _keep_logs(folder, out)
             raise
+        (run,) = (each for each in (folder / "coordinator" / "runs").iterdir() if each.is_dir())
         for name in RESULTS:
-            (run,) = (folder / "coordinator" / "runs").iterdir()
             seams.files.write(folder / name, seams.files.read(run / name))
         seams.files.write(folder / RESULT_NAME, json.dumps(result, indent=1).encode())
     if arguments.json:

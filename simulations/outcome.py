@@ -8,19 +8,21 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from medfed import metrics
 from medfed.models import catalogue, parameters, tasks
 from medfed.models.records import Records
-from medfed.privacy import accounting
-from medfed.server.results import versions
+from medfed.privacy.statement import NOT_PRIVATE, SIMULATION
+from medfed.server.ending import RunRecord, versions
+from medfed.server.results import held_out_metrics
 from medfed.server.rounds import Assignment
 from medfed.server.store import Checkpoint
 from medfed.simulations.extract import Cohort
 from medfed.simulations.pooled import Pooled, pooled_records, score, train_pooled
 from medfed.study import Study
 
-SIMULATED = "simulation"
-NO_NOISE = "NOT PRIVATE: no noise"
-SEEDED = "NOT PRIVATE: seeded randomness"
+SIMULATED = SIMULATION
+NO_NOISE = f"{NOT_PRIVATE}: no noise"
+SEEDED = f"{NOT_PRIVATE}: seeded randomness"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class Outcome:
 
     ``weights``: float32[d]; ``auc_by_round``: all test patients together, after each of ``rounds_scored``; ``pooled``: the
     baseline, if one was trained; ``seconds``: from the first key to the final model; ``overhead_s``: of each round, what was
-    not the slowest hospital's training.
+    not the slowest hospital's training; ``record``: what proves it, None where a coordinator of its own wrote that down.
     """
 
     cohort: Cohort
@@ -67,11 +69,12 @@ class Outcome:
     pooled_auc: float | None
     seconds: float
     overhead_s: tuple[float, ...]
+    record: RunRecord | None
 
     def epsilon_by_attempt(self) -> tuple[float, ...]:
         """Epsilon once 1, 2, ... attempts are spent, to the end of the approved list."""
         plan = self.assignment.plan
-        return tuple(plan.epsilon_after(attempt) for attempt in range(1, plan.attempts + 1))
+        return tuple(plan.running_epsilon(attempt) for attempt in range(1, plan.attempts + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,8 @@ class Result:
 
     ``test_auc``: all test patients together; ``cross_validated_auc``: those of all folds together, each scored by the model
     that did not train on it, where the splits are folds. ``epsilon``: of the approved list of attempts, the largest over
-    splits; None without noise. ``upload_bytes_per_round``: of one hospital. ``dropped``: hospitals missing from a released
+    splits; None without noise. ``held_out_metrics``: of each split what the federation itself measured, through the masked sum,
+    where it was asked to. ``upload_bytes_per_round``: of one hospital. ``dropped``: hospitals missing from a released
     sum. ``pooled_rounds``: the baseline's length, in rounds or, of ordinary training, in passes. ``training_patients``: of
     the first split.
     """
@@ -114,6 +118,7 @@ class Result:
     cross_validated_auc: float | None
     test_f1_macro: float | None
     training_patients: int
+    held_out_metrics: tuple[dict[str, object], ...]
     stamps: tuple[str, ...]
     versions: dict[str, str]
 
@@ -151,6 +156,7 @@ def make_outcome(
     history: Mapping[int, NDArray[np.float32]],
     train_seconds: Mapping[int, float],
     seconds: float,
+    record: RunRecord | None,
     has_baseline: bool = True,
 ) -> Outcome:
     """Score a finished federation, and train and score the baseline on the same split."""
@@ -171,11 +177,15 @@ def make_outcome(
         pooled_auc=None if pooled is None else score(study, pooled.weights, test)["auc"],
         seconds=seconds,
         overhead_s=tuple(
-            record.seconds - train_seconds[record.attempt]
-            for record in checkpoint.records
-            if record.attempt in train_seconds
+            done.seconds - train_seconds[done.attempt] for done in checkpoint.records if done.attempt in train_seconds
         ),
+        record=record,
     )
+
+
+def stamps(cohort: Cohort, *, noise: bool, seeded: bool) -> tuple[str, ...]:
+    """What a rehearsal on this cohort must not be mistaken for."""
+    return (SIMULATED, *cohort.stamps, *[NO_NOISE] * (not noise), *[SEEDED] * seeded)
 
 
 def summarize(outcomes: Sequence[Outcome], *, noise: bool, seeded: bool) -> Result:
@@ -185,7 +195,6 @@ def summarize(outcomes: Sequence[Outcome], *, noise: bool, seeded: bool) -> Resu
     areas = [outcome.scores.auc for outcome in outcomes]
     records = [record for outcome in outcomes for record in outcome.checkpoint.records]
     overhead = [seconds for outcome in outcomes for seconds in outcome.overhead_s]
-    stamps = [SIMULATED, *first.cohort.stamps] + [NO_NOISE] * (not noise) + [SEEDED] * seeded
     return Result(
         cohort=first.cohort.name,
         hospitals=study.cohort.hospitals,
@@ -197,7 +206,7 @@ def summarize(outcomes: Sequence[Outcome], *, noise: bool, seeded: bool) -> Resu
         delta=study.privacy.delta,
         unit=study.privacy.unit,
         mode=study.privacy.mode,
-        accountant=accounting.ACCOUNTANT,
+        accountant=plan.bounds.accountant,
         colluders=study.cohort.colluders,
         seconds=round(float(np.mean([outcome.seconds for outcome in outcomes])), 4),
         seconds_per_round=round(float(np.mean([record.seconds for record in records])), 4),
@@ -219,7 +228,10 @@ def summarize(outcomes: Sequence[Outcome], *, noise: bool, seeded: bool) -> Resu
         cross_validated_auc=_cross_validated(outcomes),
         test_f1_macro=mean([outcome.scores.f1_macro for outcome in outcomes]),
         training_patients=sum(len(set(hospital.training.patients)) for hospital in first.cohort.hospitals),
-        stamps=tuple(stamps),
+        held_out_metrics=tuple(
+            found.to_json() for found in (measured(outcome, noised=noise) for outcome in outcomes) if found is not None
+        ),
+        stamps=stamps(first.cohort, noise=noise, seeded=seeded),
         versions=versions(),
     )
 
@@ -237,6 +249,11 @@ def _cross_validated(outcomes: Sequence[Outcome]) -> float | None:
 def spent(outcome: Outcome) -> float:
     """Epsilon of the attempts that were used."""
     return outcome.assignment.plan.epsilon_after(outcome.checkpoint.last_attempt)
+
+
+def measured(outcome: Outcome, *, noised: bool) -> metrics.Metrics | None:
+    """What the federation itself says of its model; None where it was not asked."""
+    return held_out_metrics(outcome.assignment, outcome.checkpoint, noised=noised)
 
 
 def mean(values: Sequence[float | None]) -> float | None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from medfed.client.outlook import Outlook
+
 _BLUE, _GRAY, _RED = "#1f5fa8", "#6b6b6b", "#b8432f"
 _WIDTH_IN = 6.4
 _NAMED_HOSPITALS = 40
@@ -78,6 +80,25 @@ def epsilon_by_attempt(outcome: Outcome) -> bytes:
     axes.set_ylabel(f"epsilon of a {outcome.assignment.study.privacy.unit}")
     axes.set_ylim(0, costs[-1] * 1.08)
     axes.set_xlim(0, approved + 0.3)
+    _whole_numbers(axes)
+    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def epsilon_planned(planned: Outlook, rounds: int, delta: float) -> bytes:
+    """PNG: epsilon of a study that nobody has joined yet, by attempt."""
+    figure, axes = _canvas(3.2)
+    points = [(0, 0.0), *((spent["attempts"], spent["epsilon"]) for spent in planned["epsilon_by_attempt"])]
+    own = [point for point in points if point[0] <= rounds]
+    axes.plot(*zip(*own, strict=True), color=_RED, linewidth=2, marker="o", markersize=4, label=f"{rounds} rounds")
+    spares = points[len(own) - 1 :]
+    if len(spares) > 1:
+        label = f"{spares[-1][0] - rounds} spare attempts"
+        axes.plot(*zip(*spares, strict=True), color=_RED, linewidth=1.5, linestyle=(0, (1, 2)), marker=".", label=label)
+    axes.set_xlabel("attempts spent")
+    axes.set_ylabel(f"epsilon (delta {delta:g})")
+    axes.set_ylim(0, points[-1][1] * 1.08)
+    axes.set_xlim(0, points[-1][0] + 0.3)
     _whole_numbers(axes)
     axes.legend(loc="lower right", frameon=False, fontsize=9)
     return _png(figure)

@@ -132,9 +132,9 @@ def _path(
         training = study.training.model_copy(update={"rounds": rounds})
         planned = step.study.model_copy(update={"training": training})
         state = replace(state, tail=np.zeros_like(state.tail))
-        while state.completed_rounds < planned.released_sums and np.isfinite(state.weights).all():
+        while state.completed_rounds < planned.sums_to_train and np.isfinite(state.weights).all():
             state = step.advance(state, planned)
-        whole = state.completed_rounds == planned.released_sums
+        whole = state.completed_rounds == planned.sums_to_train
         released.append(released_weights(state, planned) if whole else np.full_like(first, np.nan))
     return released
 

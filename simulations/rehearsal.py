@@ -36,6 +36,7 @@ from medfed.privacy.noise import discrete_gaussian
 from medfed.roster import Roster
 from medfed.seams import Entropy, Files, Seams, system_seams
 from medfed.server.daemon import load_assignment, run_folder
+from medfed.server.ending import RunRecord
 from medfed.server.exchange import Exchange
 from medfed.server.planning import Decisions, TaskFile, load_task, plan_study
 from medfed.server.rounds import Assignment, Rounds
@@ -56,9 +57,10 @@ from medfed.server.study_file import render
 from medfed.simulations.entropy import SeededEntropy
 from medfed.simulations.extract import IMAGES_NAME, PATIENT_COLUMN, SERIES_NAME, TABLE_NAME, Cohort
 from medfed.simulations.extract import Hospital as Split
+from medfed.simulations.outcome import stamps
 from medfed.simulations.plain_training import SharedAdvance, plain_update
 from medfed.simulations.watch import Watch
-from medfed.study import Study
+from medfed.study import Metrics, Study
 
 log = logging.getLogger("medfed.simulations")
 
@@ -67,6 +69,8 @@ UNUSED_EPSILON = 8.0  # what the study says when no noise is added; such a run i
 
 
 MOST_SCORED = 25
+HELD_OUT = 0.2
+METRICS = Metrics(bins=20, attempts=2)  # what a run with metrics asks; the noise follows from its epsilon
 
 MODELS: dict[str, ModelChoice] = {
     "logistic-regression": LogisticRegression(name="logistic-regression", hidden=[]),
@@ -84,7 +88,8 @@ Onlooker = Callable[[Assignment, Checkpoint, str], None]  # the coordinator's ob
 
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
-    """What to rehearse. ``epsilon`` None: no noise. ``seed`` None: randomness of the operating system."""
+    """What to rehearse. ``epsilon`` None: no noise. ``seed`` None: randomness of the operating system. ``metrics``: hold
+    ``HELD_OUT`` of the training patients out, and measure the released model on them through the masked sum."""
 
     epsilon: float | None
     mode: Literal["local", "distributed"]
@@ -93,6 +98,7 @@ class Rehearsal:
     spare_attempts: int | None = None
     seed: int | None = None
     model: str | None = None
+    metrics: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +125,7 @@ class Rehearsed:
 
     assignment: Assignment
     checkpoint: Checkpoint
+    record: RunRecord
     weights: NDArray[np.float32]
     history: Mapping[int, NDArray[np.float32]]
     seconds: float
@@ -146,10 +153,14 @@ def rehearse(
     history: dict[int, NDArray[np.float32]] = {}
     carry = in_this_process if backend is None else backend
     coordinator = _seams_of(seams, plan, "coordinator")
-    checkpoint, assignment = _run(folder, coordinator, history, observe, lambda train: carry(sites, plan, train))
+    marks = stamps(cohort, noise=plan.epsilon is not None, seeded=plan.seed is not None)
+    assignment, checkpoint, record = _run(
+        folder, coordinator, marks, history, observe, lambda train: carry(sites, plan, train)
+    )
     return Rehearsed(
         assignment=assignment,
         checkpoint=checkpoint,
+        record=record,
         weights=released_weights(checkpoint.state, assignment.study),
         history=history,
         seconds=seams.clock.monotonic() - started,
@@ -183,15 +194,18 @@ def lay_out(
 ) -> list[Site]:
     """Hospitals' and coordinator's folders with an approved study, ready to run, by the code of the three commands."""
     files = seams.files
+    asked = task_of(files, cohort).metrics if study is None else study.metrics
+    holdout = HELD_OUT if plan.metrics or asked is not None else 0.0
     for hospital in cohort.hospitals:
         place = folder / hospital.name
         files.make_folder(place, private=True)
         hospital.training.write(files, place)
-        options = _options(hospital, ports)
+        options = _options(hospital, holdout, ports)
         init_site(_seams_of(seams, plan, hospital.name), place, options)
     office = folder / "coordinator"
     listen = Listen(host="127.0.0.1", port=ports.public, admin_port=ports.admin)
     init_office(_seams_of(seams, plan, "coordinator"), office, ["localhost", "127.0.0.1"], listen)
+    files.append(office / SERVER_CONFIG_NAME, b"\n[rehearsal]\nsimulated = true\n")
     documents = [folder / hospital.name / "enrolment.json" for hospital in cohort.hospitals]
     roster = enroll(seams, office, documents)
     write_study(office / "study", *_study(cohort, plan, roster, seams, study), roster, seams)
@@ -206,17 +220,17 @@ def lay_out(
     return sites
 
 
-def _options(hospital: Split, ports: Ports) -> SiteOptions:
+def _options(hospital: Split, holdout: float, ports: Ports) -> SiteOptions:
     return SiteOptions(
         name=hospital.name,
-        nominal_patients=len(set(hospital.training.patients)),
+        nominal_patients=max(1, round(len(set(hospital.training.patients)) * (1.0 - holdout))),
         coordinator=f"localhost:{ports.public}",
         ca_certificate="../coordinator/tls/ca.crt",
         fingerprint=None,
         proxy=None,
         data=TABLE_NAME,
         patient_column=PATIENT_COLUMN,
-        holdout=0.0,
+        holdout=holdout,
         max_epsilon_study=LIFETIME,
         max_epsilon_lifetime=LIFETIME,
         lifetime_delta=0.001,
@@ -252,7 +266,9 @@ def _study(cohort: Cohort, plan: Rehearsal, roster: Roster, seams: Seams, given:
         unit="patient",
         colluders=plan.colluders,
     )
-    return plan_study(task.model_copy(update={"training": training, "model": model}), decisions, roster)
+    metrics = METRICS if plan.metrics and task.metrics is None else task.metrics
+    wanted = task.model_copy(update={"training": training, "model": model, "metrics": metrics})
+    return plan_study(wanted, decisions, roster)
 
 
 def task_of(files: Files, cohort: Cohort) -> TaskFile:
@@ -262,7 +278,7 @@ def task_of(files: Files, cohort: Cohort) -> TaskFile:
 
 def scored_rounds(study: Study) -> frozenset[int]:
     """The rounds after which the model is scored: all, or of a deep model ``MOST_SCORED`` of them and always the last."""
-    rounds = study.released_sums
+    rounds = study.sums_to_train
     if is_rowwise(study) or rounds <= MOST_SCORED:
         return frozenset(range(1, rounds + 1))
     return frozenset(math.ceil(rounds * step / MOST_SCORED) for step in range(1, MOST_SCORED + 1))
@@ -314,15 +330,16 @@ def enter_hospital(stack: contextlib.ExitStack, config_path: Path, plan: Rehears
 def _run(
     folder: Path,
     seams: Seams,
+    marks: tuple[str, ...],
     history: dict[int, NDArray[np.float32]],
     observe: Onlooker | None,
     carry: Callable[[Train], None],
-) -> tuple[Checkpoint, Assignment]:
+) -> tuple[Assignment, Checkpoint, RunRecord]:
     """The coordinator's rounds over whatever carries its messages to the hospitals."""
     office = load_office(seams, folder / "coordinator" / SERVER_CONFIG_NAME)
-    assignment = load_assignment(office)
+    assignment = replace(load_assignment(office), stamps=marks)
     store = Store(seams.files, run_folder(office, assignment), assignment.study, assignment.plan.words)
-    results: list[Checkpoint] = []
+    results: list[tuple[Checkpoint, RunRecord]] = []
     scored = scored_rounds(assignment.study)
 
     def watch(checkpoint: Checkpoint, what: str) -> None:
@@ -333,10 +350,11 @@ def _run(
             observe(assignment, checkpoint, what)
 
     def train(exchange: Exchange) -> None:
-        results.append(Rounds(assignment, exchange, store, seams, watch).run())
+        rounds = Rounds(assignment, exchange, store, seams, watch)
+        results.append((rounds.run(), rounds.record))
 
     carry(train)
-    return results[0], assignment
+    return assignment, *results[0]
 
 
 def slowest_training(sites: list[Site], study: Study) -> dict[int, float]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from medfed.simulations.outcome import NO_NOISE, SEEDED, SIMULATED, Outcome, Result, spent
+from medfed import metrics
+from medfed.simulations.outcome import NO_NOISE, SEEDED, SIMULATED, Outcome, Result, measured, spent
 from medfed.simulations.own_table import CONSTANTS_FROM_DATA
 from medfed.simulations.pooled import BATCH, RATE
 from medfed.simulations.synthetic import SYNTHETIC
@@ -60,6 +61,7 @@ def report(outcomes: Sequence[Outcome], result: Result) -> str:
         ("", [f"# {result.cohort}: {result.hospitals} hospitals, {result.rounds} rounds", "", study.study.purpose]),
         ("", [f"> **{line}**  " for line in stamp_lines(result)]),
         ("What was learned", [*_learned(result), "", f"![AUC by round]({METRIC_PLOT})", "", _measured(first, result)]),
+        *((("What the hospitals measured", _measured_together(first, result)),) if result.held_out_metrics else ()),
         ("What it cost a patient", _cost(first, result)),
         ("Hospital by hospital", [f"![AUC by hospital]({HOSPITAL_PLOT})", "", *_hospitals(first, result)]),
         ("What moved", [_moved(result)]),
@@ -131,6 +133,18 @@ def _baseline_in_words(first: Outcome, result: Result) -> str:
         "length that scored best in a cross-validation on the training patients, of the recipe's own and 10 and 40 times as "
         "many."
     )
+
+
+def _measured_together(first: Outcome, result: Result) -> list[str]:
+    """Of the first split."""
+    found = measured(first, noised=result.epsilon is not None)
+    lines = [] if found is None else [f"- {line}" for line in metrics.in_words(found)]
+    return [
+        "On patients whom each hospital held out, from noised counts through the masked sum (first split; between which two "
+        "figures it lies in 95 of 100 cases). These are all that a real federation learns of its model:",
+        "",
+        *lines,
+    ]
 
 
 def _cost(first: Outcome, result: Result) -> list[str]:

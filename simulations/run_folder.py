@@ -12,6 +12,7 @@ from medfed.errors import ConfigError, EnvironmentFault
 from medfed.seams import Seams
 
 RESULT_NAME = "result.json"
+_KEYS = ({"cohort", "hospitals", "evaluation"}, {"audit", "stamps"})  # of a run's result, and of an audit's
 
 
 @contextlib.contextmanager
@@ -48,7 +49,7 @@ def _is_run(folder: Path, seams: Seams) -> bool:
         result: object = json.loads(seams.files.read(path))
     except ValueError:
         return False
-    return isinstance(result, dict) and {"cohort", "hospitals", "evaluation"} <= set(result)
+    return isinstance(result, dict) and any(keys <= set(result) for keys in _KEYS)
 
 
 def _put_in_place(partial: Path, out: Path) -> None:

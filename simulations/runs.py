@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medfed.errors import ConfigError
+from medfed.errors import ConfigError, LocalProtocolError
 from medfed.models import catalogue, parameters
 from medfed.progress import Progress
 from medfed.seams import Seams, system_seams
-from medfed.server.results import privacy_statement
+from medfed.server.results import write_record
 from medfed.server.rounds import Assignment
 from medfed.server.store import Checkpoint
 from medfed.server.study_file import render
@@ -101,7 +101,7 @@ def federation_result(
     """``result.json`` of a federation of processes whose coordinator left its model in the folder ``run``."""
     model_file = (run / MODEL_NAME).read_bytes()
     weights = parameters.from_safetensors(catalogue.build(assignment.study), model_file)
-    outcome = make_outcome(cohort, assignment, checkpoint, weights, {}, train_seconds, seconds)
+    outcome = make_outcome(cohort, assignment, checkpoint, weights, {}, train_seconds, seconds, None)
     return summarize([outcome], noise=True, seeded=False).to_json()
 
 
@@ -170,7 +170,7 @@ class _Onlooker:
         if now == self._shown:
             return
         self._shown = now
-        spent = f"epsilon {assignment.plan.epsilon_after(now[0]):.2f}" if self._is_private else "no noise"
+        spent = f"epsilon {assignment.plan.running_epsilon(now[0]):.2f}" if self._is_private else "no noise"
         self._progress.update(self._before + now[1], f"{self._split}, {spent}")
 
 
@@ -205,6 +205,7 @@ def _rehearse_all(
                 done.history,
                 done.train_seconds,
                 done.seconds,
+                done.record,
                 has_baseline,
             )
             outcomes.append(outcome)
@@ -232,7 +233,7 @@ def _write(folder: Path, outcomes: Sequence[Outcome], result: Result, seams: Sea
     stamps = "".join(f"# {line}\n" for line in report.stamp_lines(result))
     files.write(folder / MODEL_NAME, parameters.to_safetensors(catalogue.build(study), first.weights))
     files.write(folder / STUDY_NAME, (stamps + render(study)).encode())
-    files.write(folder / "privacy.json", _json(_statement(first, result)))
+    _write_record(folder, first, result, seams)
     files.write(folder / report.METRIC_PLOT, plots.metric_by_round(outcomes, result))
     files.write(folder / report.HOSPITAL_PLOT, plots.metric_by_hospital(outcomes, result))
     if result.epsilon is not None:
@@ -241,15 +242,30 @@ def _write(folder: Path, outcomes: Sequence[Outcome], result: Result, seams: Sea
     files.write(folder / RESULT_NAME, _json(result.to_json()))
 
 
-def _statement(first: Outcome, result: Result) -> dict[str, object]:
-    """``privacy.json``, stamped; without noise it states no epsilon and holds against nobody."""
-    stated = dict(privacy_statement(first.assignment, first.checkpoint))
-    if result.epsilon is None:
-        nothing = dict.fromkeys(
-            ("epsilon", "epsilon_spent", "epsilon_own_noise_alone", "noise_multiplier", "excess_noise")
-        )
-        stated |= nothing | {"mechanism": "Poisson sampling, per-patient clipping, no noise", "holds_against": "nobody"}
-    return {"stamps": list(result.stamps), **stated}
+def _write_record(folder: Path, first: Outcome, result: Result, seams: Seams) -> None:
+    """Statement, signatures and journal, stamped. Without noise there is no epsilon to state: nobody signs that."""
+    record, study = first.record, first.assignment.study
+    if record is None:
+        raise LocalProtocolError(900, "a rehearsal left no record", "please report this")
+    if result.epsilon is not None:
+        write_record(seams.files, folder, study, record)
+        return
+    nothing = dict.fromkeys(
+        field
+        for field, _ in record.said
+        if field.startswith("epsilon") or field in ("noise_multiplier", "excess_noise")
+    )
+    stated = record.said.model_dump() | nothing
+    stated |= {
+        "mechanism": "Poisson sampling, per-patient clipping, no noise",
+        "holds_against": "nobody",
+        "accountant": None,
+    }
+    seams.files.write(folder / "privacy.json", _json(stated | {"hospitals": []}))
+    page = "\n".join(
+        [f"# No privacy: {study.study.name}", "", *(f"> **{line}**  " for line in report.stamp_lines(result))]
+    )
+    seams.files.write(folder / "privacy.md", (page + "\n").encode())
 
 
 def _json(value: dict[str, object]) -> bytes:

@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from medfed.simulations.outcome import Result
+from medfed import metrics
+from medfed.simulations.outcome import Outcome, Result, measured
 from medfed.simulations.own_table import EVALUATION as OWN_TABLE
 from medfed.simulations.report import auc, baseline, epsilon_in_words, spread, stamp_lines
 from medfed.simulations.runs import Simulation
@@ -19,7 +20,8 @@ _WIDEST = 110
 _FILES = {
     "report.md": "all of this with plots",
     "model.safetensors": "the trained model",
-    "privacy.json": "what is promised to a patient, and what is not",
+    "privacy.md": "what is promised to a patient, and what is not",
+    "privacy.json": "the same, signed; medfed-client verify checks it",
     "result.json": "the figures, for programs",
     "study.toml": "the plan that every hospital approved",
 }
@@ -41,7 +43,7 @@ def show_run(simulation: Simulation, *, has_study: bool) -> None:
         f"patients' gradients, {noise}, debited its own ledger, and sent the sum under masks, so that the coordinator saw "
         f"only the total of all."
     )
-    console.print(_table(result, first.assignment.study.study.purpose))
+    console.print(_table(result, first))
     console.print(f"\nFiles in {_short(simulation.folder)}")
     for name, what in _FILES.items():
         console.print(f"  {name:<18} {what}")
@@ -51,12 +53,12 @@ def show_run(simulation: Simulation, *, has_study: bool) -> None:
         console.print(f"      {what}")
 
 
-def _table(result: Result, purpose: str) -> Table:
+def _table(result: Result, first: Outcome) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row("", "")
-    table.add_row("task", purpose)
+    table.add_row("task", first.assignment.study.study.purpose)
     table.add_row("test AUC", f"{spread(result)}; 0.5 is guessing, 1 is perfect")
     if result.cross_validated_auc is not None:
         table.add_row(
@@ -66,6 +68,9 @@ def _table(result: Result, purpose: str) -> Table:
     if result.test_accuracy is not None:
         f1 = "" if result.test_f1_macro is None else f"; mean F1 over classes {result.test_f1_macro:.3f}"
         table.add_row("test accuracy", f"{result.test_accuracy:.3f}{f1}")
+    found = measured(first, noised=result.epsilon is not None)
+    for place, line in enumerate(() if found is None else metrics.in_words(found)):
+        table.add_row("" if place else "measured together", f"{line}{'' if place else ', by noised counts'}")
     if result.epsilon is None:
         table.add_row("epsilon", f"none. {epsilon_in_words(result)}")
     else:

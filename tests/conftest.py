@@ -174,6 +174,12 @@ def _cohort() -> Cohort:
     return Cohort("tiny", str(TASK_FILE), 1e-3, hospitals, "none", "made up")
 
 
+@pytest.fixture(scope="session")
+def tiny_cohort() -> Cohort:
+    """The made-up patients of the laid-out federation."""
+    return _cohort()
+
+
 LayOut = Callable[[Changes], Path]
 
 

@@ -1,7 +1,8 @@
 """The hospital's privacy ledger: debit, sync to disk, then release.
 
 ``entries`` says what a row is, ``rows`` fills it, ``chain`` says what must hold over all of them, ``store`` keeps them in
-SQLite, ``accounts`` does the sums, ``view`` reads and ``book`` is what the hospital calls to spend.
+SQLite, ``accounts`` does the sums, ``view`` reads, ``lock`` locks what others saw a later copy of, and ``book`` is what the
+hospital calls to spend.
 """
 
 from medfed.client.ledger.accounts import (
@@ -15,8 +16,10 @@ from medfed.client.ledger.accounts import (
     snapshot_digest,
 )
 from medfed.client.ledger.book import Ledger
-from medfed.client.ledger.entries import AttemptState, Entry, Head, Kind
+from medfed.client.ledger.entries import AttemptState, Entry, Kind
+from medfed.client.ledger.lock import lock, require_unlocked
 from medfed.client.ledger.view import LedgerView, Sealed, VerifyReport
+from medfed.witness import Head
 
 __all__ = [
     "AccountView",
@@ -34,5 +37,7 @@ __all__ = [
     "Sealed",
     "StudyState",
     "VerifyReport",
+    "lock",
+    "require_unlocked",
     "snapshot_digest",
 ]

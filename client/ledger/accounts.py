@@ -7,6 +7,7 @@ and so does everything linked to either; only approvals without a common patient
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medfed.errors import BudgetExhausted, LocalProtocolError
-from medfed.privacy.accounting import ORDERS, Mechanism, epsilon, micro
+from medfed.privacy.accounting import ORDERS, Bounds, Mechanism, compose, epsilon, micro, running
 from medfed.privacy.filter import filter_epsilon
+from medfed.study import Stage
 from medfed.wire import enc
 
 HASH_BYTES = 32
@@ -35,11 +37,12 @@ class Caps:
 
 @dataclass(frozen=True, slots=True)
 class Approval:
-    """What a hospital agrees to: the study by its hash, and the fixed list of ``attempts`` equal events it may cost.
+    """What a hospital agrees to: the study by its hash, and the fixed list of ``attempts`` it may cost.
 
     ``study``, ``roster``, ``first_model``: SHA-256. ``delta``: of the study. ``nominal_patients``: the size declared
     in the roster. ``unconfirmed``: Ed25519 keys of peers whose fingerprints this hospital could not check.
-    ``approved_wall_s``: seconds since 1970 by the hospital's clock.
+    ``approved_wall_s``: seconds since 1970 by the hospital's clock. ``stages``: how many of the attempts may be of which rounds;
+    none where all are of one kind. ``holdout``: the share of patients who never train, where the price rests on who they are.
     """
 
     study: bytes
@@ -52,11 +55,27 @@ class Approval:
     nominal_patients: int
     unconfirmed: tuple[bytes, ...]
     approved_wall_s: float
+    stages: tuple[Stage, ...] = ()
+    holdout: float | None = None
 
     def __post_init__(self) -> None:
         digests = (self.study, self.roster, self.first_model, *self.unconfirmed)
-        if any(len(digest) != HASH_BYTES for digest in digests) or self.attempts < 1 or not 0.0 < self.delta < 1.0:
+        sound = all(len(digest) == HASH_BYTES for digest in digests) and self.attempts >= 1 and 0.0 < self.delta < 1.0
+        if not sound or not self._is_priced_by_stage():
             raise LocalProtocolError(900, "approval is malformed", "report this as a fault of medfed")
+
+    def _is_priced_by_stage(self) -> bool:
+        """Whether the mechanism pays for every attempt that the stages allow, of every kind."""
+        if not self.stages:
+            return self.mechanism.most is None
+        if self.stages[0].first_round != 1 or any(
+            after.first_round != before.last_round + 1 for before, after in itertools.pairwise(self.stages)
+        ):
+            return False
+        training = sum(stage.attempts for stage in self.stages if stage.kind == "training")
+        beside = sum(other.repeats for other in self.mechanism.once + self.mechanism.aside)
+        priced = training if self.mechanism.most is None else self.mechanism.most
+        return sum(stage.attempts for stage in self.stages) == self.attempts <= priced + beside and training <= priced
 
 
 class StudyState(Enum):
@@ -72,7 +91,8 @@ class ApprovedStudy:
     """An approval as it stands in the ledger.
 
     ``seq``: its row. ``snapshot``: digest of its ``patients`` keyed hashes. ``shares_patients_with``: rows of earlier
-    approvals with a common patient. ``events``: attempts charged. ``highest_attempt``: 0 before the first.
+    approvals with a common patient. ``epsilon``: of the whole list, as it was approved. ``events``: attempts charged.
+    ``charged``: of them by stage. ``highest_attempt``: 0 before the first.
     """
 
     seq: int
@@ -80,8 +100,10 @@ class ApprovedStudy:
     patients: int
     snapshot: bytes
     shares_patients_with: tuple[int, ...]
+    epsilon: float
     state: StudyState
     events: int
+    charged: tuple[int, ...]
     highest_attempt: int
 
     @property
@@ -90,56 +112,91 @@ class ApprovedStudy:
         return self.approval.attempts - self.highest_attempt if self.state is StudyState.OPEN else 0
 
     @property
+    def trained(self) -> int:
+        """Attempts to pay for as training's: those charged, and one once anything is, as the first pays for what is beside."""
+        stages = self.approval.stages
+        own = [count for stage, count in zip(stages, self.charged, strict=False) if stage.kind == "training"]
+        return max(sum(own), 1) if stages and self.events else self.events
+
+    @property
+    def epsilon_so_far(self) -> float:
+        """Of what is charged, at the study's delta: a bound that is known at once."""
+        return running(self.approval.mechanism, self.trained, self.epsilon, self.approval.delta)
+
+    @property
     def promised(self) -> int:
-        """Events charged or still allowed."""
-        return self.events + self.attempts_left
+        """The same, those still allowed included: ``compose`` knows how many can be training's."""
+        return self.trained + self.attempts_left
 
 
 @dataclass(frozen=True, slots=True)
 class ApprovalOutlook:
     """What an approval costs. Epsilons; ``lifetime_*`` of the patients' account at the lifetime delta.
 
-    ``epsilon_study``: of all attempts at the study's delta. ``lifetime_before``: spent and promised so far;
-    ``lifetime_after``: with this study's whole list. ``account``: other studies on the same account, by hash.
+    ``study``: both bounds of all attempts at the study's delta. ``lifetime_before``: spent and promised so far;
+    ``lifetime_after``: with this study's whole list; both as of a list known beforehand. ``filter_after``: what the privacy
+    filter holds against the lifetime cap, which stays true when later studies are chosen by earlier results. ``account``:
+    other studies on the same account, by hash.
     """
 
-    epsilon_study: float
+    study: Bounds
     lifetime_before: float
     lifetime_after: float
+    filter_after: float
     account: tuple[bytes, ...]
+
+    @property
+    def epsilon_study(self) -> float:
+        """The smaller of the study's bounds."""
+        return self.study.epsilon
 
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """One charged event: epsilon of the study (at its delta) and of the account (lifetime delta) before and after."""
+    """One charged attempt: epsilon of the study (at its delta) and of the account (lifetime delta) before and after, and what
+    the lifetime filter holds against its cap after it. ``charged``: attempts by stage, this one included."""
 
     attempt: int
+    charged: tuple[int, ...]
     epsilon_before: float
     epsilon_after: float
     lifetime_before: float
     lifetime_after: float
+    filter_after: float
 
 
 @dataclass(frozen=True, slots=True)
 class AccountView:
     """Where a study and its account stand.
 
-    ``epsilon_spent``: of the events charged, ``epsilon_reserved``: of those and all attempts left, both at the study's
-    ``delta``. ``lifetime_spent`` and ``lifetime_reserved``: the same over every study of the account, at
-    ``lifetime_delta``. ``account``: the other studies on it, by hash.
+    ``spent``: of the events charged, ``reserved``: of those and all attempts left, both at the study's ``delta``.
+    ``lifetime_spent`` and ``lifetime_reserved``: the same over every study of the account, at ``lifetime_delta``;
+    ``lifetime_filter``: of the reserved, what the privacy filter holds against the cap. ``account``: the other studies on it, by
+    hash.
     """
 
     study: bytes
     state: StudyState
     delta: float
-    epsilon_spent: float
-    epsilon_reserved: float
+    spent: Bounds
+    reserved: Bounds
     attempts_used: int
     attempts_left: int
     lifetime_delta: float
     lifetime_spent: float
     lifetime_reserved: float
+    lifetime_filter: float
     account: tuple[bytes, ...]
+
+    @property
+    def epsilon_spent(self) -> float:
+        """The smaller bound."""
+        return self.spent.epsilon
+
+    @property
+    def epsilon_reserved(self) -> float:
+        """The smaller bound."""
+        return self.reserved.epsilon
 
 
 def snapshot_digest(patients: Iterable[bytes]) -> bytes:
@@ -164,35 +221,36 @@ def account_of(studies: Sequence[ApprovedStudy], touching: Iterable[int]) -> tup
     return tuple(study for study in studies if study.seq in reached)
 
 
-class Prices:
-    """RDP of mechanisms, each worked out once."""
+def spent(account: Iterable[ApprovedStudy]) -> NDArray[np.float64]:
+    """RDP of every event charged."""
+    return sum((compose(study.approval.mechanism, study.trained) for study in account), np.zeros(len(ORDERS)))
 
-    def __init__(self) -> None:
-        self._known: dict[Mechanism, NDArray[np.float64]] = {}
 
-    def of(self, mechanism: Mechanism, count: int) -> NDArray[np.float64]:
-        """RDP of ``count`` attempts over ``ORDERS``, what comes before the first included: float64[len(ORDERS)]."""
-        if not count:
-            return np.zeros(len(ORDERS))
-        total = self._of_one(mechanism) * count
-        return total if mechanism.beforehand is None else total + self._of_one(mechanism.beforehand)
+def promised(account: Iterable[ApprovedStudy]) -> NDArray[np.float64]:
+    """RDP of every event charged or still allowed."""
+    return sum((compose(study.approval.mechanism, study.promised) for study in account), np.zeros(len(ORDERS)))
 
-    def of_next(self, mechanism: Mechanism, count: int) -> NDArray[np.float64]:
-        """RDP of one attempt more after ``count``: float64[len(ORDERS)]."""
-        return self._of_one(mechanism) if count else self.of(mechanism, 1)
 
-    def _of_one(self, mechanism: Mechanism) -> NDArray[np.float64]:
-        if mechanism not in self._known:
-            self._known[mechanism] = mechanism.rdp()
-        return self._known[mechanism]
+def charged_with(known: ApprovedStudy, round_number: int) -> tuple[int, ...]:
+    """Attempts by stage with one more at ``round_number``.
 
-    def spent(self, account: Iterable[ApprovedStudy]) -> NDArray[np.float64]:
-        """RDP of every event charged."""
-        return sum((self.of(study.approval.mechanism, study.events) for study in account), np.zeros(len(ORDERS)))
-
-    def promised(self, account: Iterable[ApprovedStudy]) -> NDArray[np.float64]:
-        """RDP of every event charged or still allowed."""
-        return sum((self.of(study.approval.mechanism, study.promised) for study in account), np.zeros(len(ORDERS)))
+    Raises: ``LocalProtocolError`` 182 for a round no stage has; ``BudgetExhausted`` 502 where its stage has all that were paid
+    for: another kind's attempts are not for it.
+    """
+    stages = known.approval.stages
+    if round_number < 1 or (stages and round_number > stages[-1].last_round):
+        raise LocalProtocolError(182, f"round {round_number} does not exist", "rounds count from 1 to the study's last")
+    for place, stage in enumerate(stages):
+        if stage.first_round <= round_number <= stage.last_round and known.charged[place] >= stage.attempts:
+            raise BudgetExhausted(
+                502,
+                f"all {stage.attempts} attempts at the {stage.kind} are made, nothing was spent",
+                "the study is used up; a new one needs a new approval",
+            )
+    return tuple(
+        count + (stage.first_round <= round_number <= stage.last_round)
+        for stage, count in zip(stages, known.charged, strict=True)
+    )
 
 
 def price(total: NDArray[np.float64], delta: float) -> float:
@@ -200,22 +258,22 @@ def price(total: NDArray[np.float64], delta: float) -> float:
     return epsilon(total, delta) if total.any() else 0.0
 
 
-def require_study_fits(total: NDArray[np.float64], delta: float, caps: Caps) -> float:
+def filtered(total: NDArray[np.float64], caps: Caps) -> float:
+    """What the lifetime filter holds against its cap; 0 for nothing."""
+    return filter_epsilon(total, caps.max_epsilon_lifetime, caps.lifetime_delta) if total.any() else 0.0
+
+
+def require_study_fits(value: float, caps: Caps) -> float:
     """Epsilon of a study's events; ``BudgetExhausted`` (MF-501) above the hospital's cap for one study."""
-    value = price(total, delta)
     _require(value, caps.max_epsilon_study, "the study's", "max_epsilon_study")
     return value
 
 
 def require_lifetime_fits(total: NDArray[np.float64], caps: Caps) -> float:
-    """Epsilon of an account's events; ``BudgetExhausted`` (MF-501) where the lifetime filter would pass its cap.
-
-    The filter decides; the value returned is the (smaller) one for a list of events known beforehand.
-    """
-    if total.any():
-        figure = filter_epsilon(total, caps.max_epsilon_lifetime, caps.lifetime_delta)
-        _require(figure, caps.max_epsilon_lifetime, "these patients' lifetime", "max_epsilon_lifetime")
-    return price(total, caps.lifetime_delta)
+    """The filter's figure for an account's events; ``BudgetExhausted`` (MF-501) where it would pass its cap."""
+    figure = filtered(total, caps)
+    _require(figure, caps.max_epsilon_lifetime, "these patients' lifetime", "max_epsilon_lifetime")
+    return figure
 
 
 def _require(value: float, cap: float, whose: str, key: str) -> None:

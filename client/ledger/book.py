@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from medfed.client.ledger.accounts import (
@@ -24,9 +25,11 @@ from medfed.client.ledger.accounts import (
     Reservation,
     StudyState,
     account_of,
+    charged_with,
     price,
     require_lifetime_fits,
     require_study_fits,
+    spent,
 )
 from medfed.client.ledger.entries import (
     HASH_BYTES,
@@ -39,6 +42,7 @@ from medfed.client.ledger.entries import (
     ReasonBody,
     SealedBody,
 )
+from medfed.client.ledger.lock import require_unlocked
 from medfed.client.ledger.rows import approved_body, reserved_body
 from medfed.client.ledger.store import Store
 from medfed.client.ledger.view import LedgerView, Sealed
@@ -78,14 +82,15 @@ class Ledger(LedgerView):
     def open(cls, files: Files, path: Path, identity: Identity) -> Ledger:
         """Take the one-writer lock, check durability and the whole chain.
 
-        Raises: 401 no ledger there, or another than the one begun there; 402, 403, 404, 406 damage; 601 the volume is
-        not safe; 620 another process holds it.
+        Raises: 401 no ledger there, or another than the one begun there; 402, 403, 404, 406 damage; 405 others saw a
+        later one; 601 the volume is not safe; 620 another process holds it.
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(files.lock(_lock_path(path)))
             store = _attach(files, path, identity, stack, create=False)
             store.check()
             _mark(files, path, store)
+            require_unlocked(files, path, LedgerView(store, contextlib.ExitStack()), identity.public)
             return cls(store, stack.pop_all())
 
     @staticmethod
@@ -138,10 +143,12 @@ class Ledger(LedgerView):
     # -------------------------------------------------------------------------------------------------------- spending
 
     def reserve(self, study: bytes, round_number: int, attempt: int, caps: Caps, now_wall: float) -> Reservation:
-        """Charge one event of the study's list; on disk when this returns. Only then may records be used.
+        """Charge one attempt of the study's list; on disk when this returns. Only then may records be used.
 
+        Epsilons of the reservation are upper bounds that are known at once: RDP, or that of the whole approved list.
         Raises: ``PrivacyError`` 123 not approved, 125 closed or withdrawn; ``LocalProtocolError`` 181 if this or a later
-        attempt was charged before; ``BudgetExhausted`` 502 beyond the list, 501 above a cap that was lowered since.
+        attempt was charged before, 182 for a round the study has not; ``BudgetExhausted`` 502 beyond the list, as a whole or of
+        the round's kind, 501 above a cap that was lowered since.
         """
         with self._store.transaction():
             known = self.approved(study)
@@ -154,36 +161,24 @@ class Ledger(LedgerView):
                     f"attempt {attempt} is beyond the {known.approval.attempts} this hospital approved, nothing was spent",
                     "the study is used up; a new one needs a new approval",
                 )
-            if round_number < 1:
-                raise LocalProtocolError(182, f"round {round_number} does not exist", "rounds count from 1")
-            self._require_statistics_left(known, round_number)
-            reservation = self._charge(known, attempt, caps)
+            reservation = self._charge(known, round_number, attempt, caps)
             body = reserved_body(known.approval.mechanism, round_number, caps, now_wall, reservation)
             self._store.append(Draft(Kind.RESERVED, study, attempt, body))
         return reservation
 
-    def _require_statistics_left(self, known: ApprovedStudy, round_number: int) -> None:
-        """The statistics' attempts are paid for with the first one, as many as the study names and no more."""
-        before = known.approval.mechanism.beforehand
-        if before is None or round_number != 1:
-            return
-        made = self._store.select("WHERE study = ? AND kind = 'RESERVED'", (known.approval.study,))
-        if len(made) >= before.repeats:
-            raise BudgetExhausted(
-                502,
-                f"all {before.repeats} attempts at the statistics are made, nothing was spent",
-                "the study is used up; a new one needs a new approval",
-            )
-
-    def _charge(self, known: ApprovedStudy, attempt: int, caps: Caps) -> Reservation:
-        mechanism, delta = known.approval.mechanism, known.approval.delta
-        account = self._prices.spent(account_of(self.studies(), {known.seq}))
+    def _charge(self, known: ApprovedStudy, round_number: int, attempt: int, caps: Caps) -> Reservation:
+        after = replace(known, events=known.events + 1, charged=charged_with(known, round_number))
+        account = account_of(self.studies(), {known.seq})
+        others = tuple(other for other in account if other.seq != known.seq)
+        before, total = spent(account), spent((*others, after))
         return Reservation(
             attempt,
-            price(self._prices.of(mechanism, known.events), delta),
-            require_study_fits(self._prices.of(mechanism, known.events + 1), delta, caps),
-            price(account, caps.lifetime_delta),
-            require_lifetime_fits(account + self._prices.of_next(mechanism, known.events), caps),
+            after.charged,
+            known.epsilon_so_far,
+            require_study_fits(after.epsilon_so_far, caps),
+            price(before, caps.lifetime_delta),
+            price(total, caps.lifetime_delta),
+            require_lifetime_fits(total, caps),
         )
 
     def seal(self, study: bytes, attempt: int, vector_hash: bytes, pad_id: bytes, reply_hash: bytes) -> None:

@@ -11,10 +11,13 @@ from medfed.client.ledger.entries import (
     FORMAT,
     MOVES,
     NO_HASH,
+    ApprovedBody,
     AttemptState,
     BegunBody,
     Entry,
     Kind,
+    ReservedBody,
+    StageBody,
     altered,
     damage,
     row_hash,
@@ -29,24 +32,34 @@ def check_chain(entries: Sequence[Entry], highest_ever: int) -> None:
     """
     previous = NO_HASH
     for number, entry in enumerate(entries, start=1):
-        if entry.seq != number or entry.previous != previous:
-            raise damage(404, f"ledger chain is broken at row {number}")
-        contents = (entry.seq, entry.kind.value, entry.study, entry.attempt, entry.body, entry.previous)
-        if entry.hash != row_hash(*contents):
-            raise altered(number)
-        entry.read(BODIES[entry.kind])
+        check_link(entry, number, previous)
         previous = entry.hash
     if highest_ever != len(entries):
         raise damage(402, f"ledger is truncated: {highest_ever} rows were written, {len(entries)} are there")
 
 
+def check_link(entry: Entry, number: int, previous: bytes) -> None:
+    """One row of the chain: row ``number``, which follows one with the hash ``previous``."""
+    if entry.seq != number or entry.previous != previous:
+        raise damage(404, f"ledger chain is broken at row {number}")
+    contents = (entry.seq, entry.kind.value, entry.study, entry.attempt, entry.body, entry.previous)
+    if entry.hash != row_hash(*contents):
+        raise altered(number)
+    entry.read(BODIES[entry.kind])
+
+
 def check_moves(entries: Iterable[Entry]) -> None:
-    """Every attempt only ever made legal moves, each in an approved study, each attempt number above the last."""
+    """Every attempt only ever made legal moves, each in an approved study, each attempt number above the last; and what was
+    charged by kind of round is what the rows say."""
     states: dict[tuple[bytes, int], AttemptState] = {}
     highest: dict[bytes, int] = {}
+    stages: dict[bytes, list[StageBody]] = {}
+    charged: dict[bytes, list[int]] = {}
     for entry in entries:
         if entry.kind is Kind.APPROVED:
             highest[entry.study] = 0
+            stages[entry.study] = entry.read(ApprovedBody).stages
+            charged[entry.study] = [0] * len(stages[entry.study])
         if entry.attempt == 0:
             continue
         key, move = (entry.study, entry.attempt), AttemptState(entry.kind.value)
@@ -56,6 +69,11 @@ def check_moves(entries: Iterable[Entry]) -> None:
             if entry.attempt <= highest[entry.study]:
                 raise altered(entry.seq)
             highest[entry.study] = entry.attempt
+            body, counts = entry.read(ReservedBody), charged[entry.study]
+            for place, stage in enumerate(stages[entry.study]):
+                counts[place] += stage.first_round <= body.round <= stage.last_round
+            if body.charged != counts:
+                raise altered(entry.seq)
         states[key] = move
 
 

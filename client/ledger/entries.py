@@ -10,13 +10,14 @@ import hashlib
 import json
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medfed.errors import PrivacyError
-from medfed.identity import Identity, verify
+from medfed.identity import Identity
 from medfed.wire import enc
+from medfed.witness import Head, signed_bytes
 
 FORMAT = 1
 HASH_BYTES = 32
@@ -82,11 +83,22 @@ class CapsBody(Body):
     lifetime_delta: Annotated[float, Field(gt=0, lt=1)]
 
 
+class StageBody(Body):
+    """How many attempts may be made at which rounds."""
+
+    kind: Literal["statistics", "training", "metrics"]
+    first_round: Annotated[int, Field(ge=1)]
+    last_round: Annotated[int, Field(ge=1)]
+    attempts: Annotated[int, Field(ge=1)]
+
+
 class ApprovedBody(Body):
     """A study with its fixed list of events, and the patients whose account it draws on.
 
     ``snapshot`` is the digest of the keyed patient hashes kept in the side table; ``shares_patients_with`` lists the
-    earlier approvals (row numbers) that have at least one patient in common with this one.
+    earlier approvals (row numbers) that have at least one patient in common with this one. ``stages``: none where all attempts
+    are of one kind; ``holdout``: where metrics are among them. ``study_micro`` is the smaller of the two bounds after it;
+    ``filter_after_micro`` what the lifetime filter holds against its cap.
     """
 
     name: str
@@ -101,23 +113,33 @@ class ApprovedBody(Body):
     patients: Annotated[int, Field(ge=1)]
     snapshot: Hex
     shares_patients_with: list[int]
+    stages: list[StageBody]
+    holdout: Annotated[float, Field(ge=0, le=0.5)] | None
     caps: CapsBody
     study_micro: Micro
+    study_rdp_micro: Micro
+    study_pld_micro: Micro | None
     lifetime_before_micro: Micro
     lifetime_after_micro: Micro
+    filter_after_micro: Micro
 
 
 class ReservedBody(Body):
-    """One event, charged. Micro-epsilon, rounded up, of the study (its delta) and of the account (lifetime delta)."""
+    """One attempt, charged. Micro-epsilon, rounded up, of the study (its delta) and of the account (lifetime delta).
+
+    ``charged``: attempts of the study so far by stage, this one included.
+    """
 
     round: Annotated[int, Field(ge=1)]
     wall_s: float
     mechanism: str
+    charged: list[Annotated[int, Field(ge=0)]]
     caps: CapsBody
     study_before_micro: Micro
     study_after_micro: Micro
     lifetime_before_micro: Micro
     lifetime_after_micro: Micro
+    filter_after_micro: Micro
 
 
 class SealedBody(Body):
@@ -151,19 +173,6 @@ BODIES: dict[Kind, type[Body]] = {
 }
 
 BodyType = TypeVar("BodyType", bound=Body)
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """The last row's number and hash under the hospital's signature: what a witness keeps to notice a rollback."""
-
-    seq: int
-    hash: bytes
-    signature: bytes
-
-    def check(self, public: bytes) -> None:
-        """Raise ``RemoteProtocolError`` (MF-110) unless the holder of ``public`` signed this head."""
-        verify(public, self.signature, _signed_bytes(self.seq, self.hash))
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,18 +216,15 @@ def make_entry(draft: Draft, previous: Head | None, identity: Identity) -> Entry
     body = json.dumps(draft.body.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
     digest = row_hash(seq, draft.kind.value, draft.study, draft.attempt, body, before)
     return Entry(
-        seq, draft.kind, draft.study, draft.attempt, body, before, digest, identity.sign(_signed_bytes(seq, digest))
+        seq, draft.kind, draft.study, draft.attempt, body, before, digest, identity.sign(signed_bytes(seq, digest))
     )
 
 
 def row_hash(seq: int, kind: str, study: bytes, attempt: int, body: str, previous: bytes) -> bytes:
     """SHA-256 over the unambiguous encoding of a row's contents."""
-    parts = (seq.to_bytes(8, "big"), kind.encode(), study, attempt.to_bytes(8, "big"), body.encode(), previous)
+    numbers = [number.to_bytes(8, "big", signed=True) for number in (seq, attempt)]  # a damaged one may be below 0
+    parts = (numbers[0], kind.encode(), study, numbers[1], body.encode(), previous)
     return hashlib.sha256(enc(b"medfed/ledger/row/v1", *parts)).digest()
-
-
-def _signed_bytes(seq: int, digest: bytes) -> bytes:
-    return enc(b"medfed/ledger/head/v1", seq.to_bytes(8, "big"), digest)
 
 
 def altered(seq: int) -> PrivacyError:

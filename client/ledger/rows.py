@@ -11,8 +11,9 @@ from medfed.client.ledger.accounts import (
     StudyState,
     snapshot_digest,
 )
-from medfed.client.ledger.entries import ApprovedBody, CapsBody, Entry, ReservedBody
+from medfed.client.ledger.entries import ApprovedBody, CapsBody, Entry, ReservedBody, StageBody
 from medfed.privacy.accounting import Mechanism, micro
+from medfed.study import Stage
 
 
 def contents(approval: Approval) -> tuple[object, ...]:
@@ -26,6 +27,8 @@ def contents(approval: Approval) -> tuple[object, ...]:
         approval.delta,
         approval.nominal_patients,
         sorted(approval.unconfirmed),
+        approval.stages,
+        approval.holdout,
     )
 
 
@@ -54,9 +57,19 @@ def approved_body(
         snapshot=snapshot_digest(patients).hex(),
         shares_patients_with=sorted(touching),
         caps=caps_body(caps),
-        study_micro=micro(outlook.epsilon_study),
+        stages=[
+            StageBody(
+                kind=stage.kind, first_round=stage.first_round, last_round=stage.last_round, attempts=stage.attempts
+            )
+            for stage in approval.stages
+        ],
+        holdout=approval.holdout,
+        study_micro=micro(outlook.study.epsilon),
+        study_rdp_micro=micro(outlook.study.rdp),
+        study_pld_micro=None if outlook.study.pld is None else micro(outlook.study.pld),
         lifetime_before_micro=micro(outlook.lifetime_before),
         lifetime_after_micro=micro(outlook.lifetime_after),
+        filter_after_micro=micro(outlook.filter_after),
     )
 
 
@@ -67,16 +80,24 @@ def reserved_body(
         round=round_number,
         wall_s=float(now_wall),
         mechanism=mechanism.to_json(),
+        charged=list(reservation.charged),
         caps=caps_body(caps),
         study_before_micro=micro(reservation.epsilon_before),
         study_after_micro=micro(reservation.epsilon_after),
         lifetime_before_micro=micro(reservation.lifetime_before),
         lifetime_after_micro=micro(reservation.lifetime_after),
+        filter_after_micro=micro(reservation.filter_after),
     )
 
 
-def approved_study(entry: Entry, state: StudyState, events: int, highest_attempt: int) -> ApprovedStudy:
+def stages_of(body: ApprovedBody) -> tuple[Stage, ...]:
+    return tuple(Stage(stage.kind, stage.first_round, stage.last_round, stage.attempts) for stage in body.stages)
+
+
+def approved_study(entry: Entry, state: StudyState, events: int, last: Entry | None) -> ApprovedStudy:
+    """``last``: the reservation of the highest attempt, if there is any."""
     body = entry.read(ApprovedBody)
+    charged = [0] * len(body.stages) if last is None else last.read(ReservedBody).charged
     approval = Approval(
         study=entry.study,
         name=body.name,
@@ -88,6 +109,8 @@ def approved_study(entry: Entry, state: StudyState, events: int, highest_attempt
         nominal_patients=body.nominal_patients,
         unconfirmed=tuple(bytes.fromhex(key) for key in body.unconfirmed),
         approved_wall_s=body.approved_wall_s,
+        stages=stages_of(body),
+        holdout=body.holdout,
     )
     return ApprovedStudy(
         seq=entry.seq,
@@ -95,7 +118,9 @@ def approved_study(entry: Entry, state: StudyState, events: int, highest_attempt
         patients=body.patients,
         snapshot=bytes.fromhex(body.snapshot),
         shares_patients_with=tuple(body.shares_patients_with),
+        epsilon=body.study_micro / 1e6,
         state=state,
         events=events,
-        highest_attempt=highest_attempt,
+        charged=tuple(charged),
+        highest_attempt=0 if last is None else last.attempt,
     )

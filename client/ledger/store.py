@@ -22,7 +22,6 @@ from medfed.client.ledger.entries import (
     BegunBody,
     Draft,
     Entry,
-    Head,
     Kind,
     altered,
     damage,
@@ -30,6 +29,7 @@ from medfed.client.ledger.entries import (
 )
 from medfed.errors import EnvironmentFault, LocalProtocolError, MedfedError
 from medfed.identity import Identity
+from medfed.witness import Head
 
 _SCHEMA = (
     """CREATE TABLE entries (
@@ -198,11 +198,23 @@ class Store:
             rows = self._connection.execute(f"SELECT {_COLUMNS} FROM entries {condition}", values).fetchall()  # noqa: S608
         return [_entry(row) for row in rows]
 
-    def tallies(self) -> dict[bytes, tuple[int, int]]:
-        """For each study with a charge: how many attempts were charged, and the highest."""
-        query = "SELECT study, count(*), max(attempt) FROM entries WHERE kind = 'RESERVED' GROUP BY study"
+    def of_studies(self, *kinds: Kind) -> list[Entry]:
+        """Rows of these kinds, which concern a study and no attempt, in order.
+
+        They are looked up in an index: to read every row for them would make a debit cost more with each one before it.
+        """
+        marks = ",".join("?" * len(kinds))
+        found = f"SELECT seq FROM entries WHERE attempt = 0 AND kind IN ({marks})"  # noqa: S608 only marks
+        return self.select(f"WHERE seq IN ({found}) ORDER BY seq", tuple(kind.value for kind in kinds))
+
+    def tallies(self, study: bytes | None = None) -> dict[bytes, tuple[int, Entry]]:
+        """For each study with a charge (or only ``study``): how many attempts were charged, and the row of the highest."""
+        only, values = ("", ()) if study is None else ("AND study = ?", (study,))
+        query = f"SELECT study, count(*), max(attempt) FROM entries WHERE kind = 'RESERVED' {only} GROUP BY study"  # noqa: S608
         with self._turn, _named_faults():
-            return {study: (count, highest) for study, count, highest in self._connection.execute(query)}
+            counted = self._connection.execute(query, values).fetchall()
+        of_attempt = "WHERE study = ? AND attempt = ? AND kind = 'RESERVED'"
+        return {study: (count, self.select(of_attempt, (study, highest))[0]) for study, count, highest in counted}
 
     def latest_wall(self) -> float:
         """The latest time any row states; 0 if none does."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,22 +15,27 @@ from medfed.client.ledger.accounts import (
     ApprovalOutlook,
     ApprovedStudy,
     Caps,
-    Prices,
     StudyState,
     account_of,
+    filtered,
     price,
+    promised,
     require_lifetime_fits,
     require_study_fits,
     snapshot_digest,
+    spent,
 )
-from medfed.client.ledger.entries import HASH_BYTES, AttemptState, Entry, Head, Kind, ReservedBody, SealedBody
+from medfed.client.ledger.entries import HASH_BYTES, AttemptState, Entry, Kind, ReservedBody, SealedBody
 from medfed.client.ledger.rows import approved_study, contents
 from medfed.client.ledger.store import Store
-from medfed.errors import DataError, LocalProtocolError, PrivacyError
+from medfed.errors import BudgetExhausted, DataError, LocalProtocolError, PrivacyError
 from medfed.identity import Identity
+from medfed.privacy.accounting import bounds, compose
 from medfed.seams import Files
+from medfed.witness import Head
 
 _ENDS = {Kind.CLOSED: StudyState.CLOSED, Kind.WITHDRAWN: StudyState.WITHDRAWN}
+_ABOUT_STUDIES = (Kind.APPROVED, *_ENDS)
 _Self = TypeVar("_Self", bound="LedgerView")
 
 
@@ -53,13 +58,22 @@ class VerifyReport:
     head: Head
 
 
+def _as_they_stand(rows: Sequence[Entry], tallies: Mapping[bytes, tuple[int, Entry]]) -> tuple[ApprovedStudy, ...]:
+    """The approvals among ``rows``, each with its end, if it has one there, and what was charged."""
+    ends = {row.study: _ENDS[row.kind] for row in rows if row.kind in _ENDS}
+    return tuple(
+        approved_study(row, ends.get(row.study, StudyState.OPEN), *tallies.get(row.study, (0, None)))
+        for row in rows
+        if row.kind is Kind.APPROVED
+    )
+
+
 class LedgerView:
     """A ledger that can only be read; context manager."""
 
     def __init__(self, store: Store, stack: contextlib.ExitStack) -> None:
         self._store = store
         self._stack = stack
-        self._prices = Prices()
 
     @staticmethod
     def inspect(files: Files, path: Path, identity: Identity) -> LedgerView:
@@ -124,32 +138,29 @@ class LedgerView:
 
     def studies(self) -> tuple[ApprovedStudy, ...]:
         """Every approval, in order."""
-        ends = {row.study: _ENDS[row.kind] for row in self._store.select("WHERE kind IN ('CLOSED', 'WITHDRAWN')")}
-        tallies = self._store.tallies()
-        return tuple(
-            approved_study(row, ends.get(row.study, StudyState.OPEN), *tallies.get(row.study, (0, 0)))
-            for row in self._store.select("WHERE kind = 'APPROVED' ORDER BY seq")
-        )
+        return _as_they_stand(self._store.of_studies(*_ABOUT_STUDIES), self._store.tallies())
 
     def _find(self, study: bytes) -> ApprovedStudy | None:
-        return next((known for known in self.studies() if known.approval.study == study), None)
+        rows = self._store.select("WHERE study = ? AND attempt = 0 ORDER BY seq", (study,))
+        return next(iter(_as_they_stand(rows, self._store.tallies(study))), None)
 
     def account(self, study: bytes, caps: Caps) -> AccountView:
         """Where a study and the account of its patients stand; MF-123 if the study was never approved."""
         known = self.approved(study)
         account = account_of(self.studies(), {known.seq})
-        mechanism, delta = known.approval.mechanism, known.approval.delta
+        mechanism, delta, held = known.approval.mechanism, known.approval.delta, promised(account)
         return AccountView(
             study=study,
             state=known.state,
             delta=delta,
-            epsilon_spent=price(self._prices.of(mechanism, known.events), delta),
-            epsilon_reserved=price(self._prices.of(mechanism, known.promised), delta),
+            spent=bounds(mechanism, known.trained, delta),
+            reserved=bounds(mechanism, known.promised, delta),
             attempts_used=known.events,
             attempts_left=known.attempts_left,
             lifetime_delta=caps.lifetime_delta,
-            lifetime_spent=price(self._prices.spent(account), caps.lifetime_delta),
-            lifetime_reserved=price(self._prices.promised(account), caps.lifetime_delta),
+            lifetime_spent=price(spent(account), caps.lifetime_delta),
+            lifetime_reserved=price(held, caps.lifetime_delta),
+            lifetime_filter=filtered(held, caps),
             account=tuple(other.approval.study for other in account if other.seq != known.seq),
         )
 
@@ -163,6 +174,13 @@ class LedgerView:
         if last is None:
             raise PrivacyError(402, "ledger is empty", "restore the latest backup")
         return last.head
+
+    def end_of(self, study: bytes) -> Head:
+        """The row that closed or withdrew a study: where this ledger stood then. ``PrivacyError`` (MF-125) if it is open."""
+        rows = self._store.select("WHERE study = ? AND kind IN ('CLOSED', 'WITHDRAWN')", (study,))
+        if not rows:
+            raise PrivacyError(125, "this study is not ended here", "wait until its last round is done")
+        return rows[0].head
 
     def verify(self) -> VerifyReport:
         """Check everything, each row's signature included; raises as ``open`` does."""
@@ -182,7 +200,7 @@ class LedgerView:
             raise PrivacyError(
                 405,
                 f"ledger has {self.head().seq} rows, but row {witness.seq} was seen with other contents or is missing",
-                "this is an old or a second copy: stop, restore the latest one",
+                "this is an old or a second copy and is locked: restore the newest ledger.db, nothing else unlocks it",
             )
 
     def preview(self, approval: Approval, patients: Iterable[bytes], caps: Caps) -> ApprovalOutlook:
@@ -203,28 +221,60 @@ class LedgerView:
             raise PrivacyError(125, "this study is approved here with other contents", "withdraw it, make a new study")
         return True
 
-    def _look_ahead(
-        self, approval: Approval, patients: frozenset[bytes], caps: Caps
-    ) -> tuple[ApprovalOutlook, frozenset[int]]:
+    def outlook(self, approval: Approval, patients: Iterable[bytes], caps: Caps) -> ApprovalOutlook:
+        """What an approval would cost, whether or not it fits the caps; as ``preview``, writes nothing."""
+        account, _ = self._account_touched(frozenset(patients))
+        before, listed = promised(account), compose(approval.mechanism, approval.attempts)
+        return ApprovalOutlook(
+            bounds(approval.mechanism, approval.attempts, approval.delta),
+            price(before, caps.lifetime_delta),
+            price(before + listed, caps.lifetime_delta),
+            filtered(before + listed, caps),
+            tuple(other.approval.study for other in account),
+        )
+
+    def attempts_that_fit(self, approval: Approval, patients: Iterable[bytes], caps: Caps) -> int:
+        """The largest number of an approval's attempts under both caps, by bisection: epsilon grows with every attempt."""
+        account, _ = self._account_touched(frozenset(patients))
+        before, fits, fails = promised(account), 0, approval.attempts + 1
+        middle = approval.attempts  # mostly all of them fit
+        while fails - fits > 1:
+            try:
+                require_study_fits(bounds(approval.mechanism, middle, approval.delta).epsilon, caps)
+                require_lifetime_fits(before + compose(approval.mechanism, middle), caps)
+            except BudgetExhausted:
+                fails = middle
+            else:
+                fits = middle
+            middle = (fits + fails) // 2
+        return fits
+
+    def _account_touched(self, patients: frozenset[bytes]) -> tuple[tuple[ApprovedStudy, ...], frozenset[int]]:
+        """The account that an approval with these patients would draw on, and the approvals it shares patients with."""
         if not patients:
             raise DataError(310, "the data hold no patient for this study", "check the data and the hold-out")
         if any(len(patient) != HASH_BYTES for patient in patients):
             raise LocalProtocolError(900, "a patient hash is malformed", "report this as a fault of medfed")
         touching = self._store.approvals_touching(patients)
-        account = account_of(self.studies(), touching)
-        listed = self._prices.of(approval.mechanism, approval.attempts)
-        before = self._prices.promised(account)
-        study = require_study_fits(listed, approval.delta, caps)
-        after = require_lifetime_fits(before + listed, caps)
-        hashes = tuple(other.approval.study for other in account)
-        return ApprovalOutlook(study, price(before, caps.lifetime_delta), after, hashes), touching
+        return account_of(self.studies(), touching), touching
+
+    def _look_ahead(
+        self, approval: Approval, patients: frozenset[bytes], caps: Caps
+    ) -> tuple[ApprovalOutlook, frozenset[int]]:
+        account, touching = self._account_touched(patients)
+        outlook = self.outlook(approval, patients, caps)
+        require_study_fits(outlook.study.epsilon, caps)
+        require_lifetime_fits(promised(account) + compose(approval.mechanism, approval.attempts), caps)
+        return outlook, touching
 
     def _outlook_of(self, known: ApprovedStudy, caps: Caps) -> ApprovalOutlook:
         account = account_of(self.studies(), {known.seq})
         others = tuple(other for other in account if other.seq != known.seq)
+        approval, held = known.approval, promised(account)
         return ApprovalOutlook(
-            price(self._prices.of(known.approval.mechanism, known.approval.attempts), known.approval.delta),
-            price(self._prices.promised(others), caps.lifetime_delta),
-            price(self._prices.promised(account), caps.lifetime_delta),
+            bounds(approval.mechanism, approval.attempts, approval.delta),
+            price(promised(others), caps.lifetime_delta),
+            price(held, caps.lifetime_delta),
+            filtered(held, caps),
             tuple(other.approval.study for other in others),
         )

@@ -1,4 +1,4 @@
-"""``python -m medfed.simulations.benchmarks NAME --json``: rounds, federation or simulation."""
+"""``python -m medfed.simulations.benchmarks NAME --json``: rounds, federation, simulation or ledger."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from medfed.command import new_parser, run_command, say, say_json
 from medfed.errors import ExitStatus
 from medfed.seams import system_seams
-from medfed.server.results import versions
+from medfed.server.ending import versions
 
 
 def _rounds(arguments: argparse.Namespace) -> dict[str, object]:
@@ -33,7 +34,13 @@ def _simulation(arguments: argparse.Namespace) -> dict[str, object]:
     return simulation.run(arguments.hospitals, arguments.rounds, system_seams())
 
 
-_MEASURES = {"rounds": _rounds, "federation": _federation, "simulation": _simulation}
+def _ledger(arguments: argparse.Namespace) -> dict[str, object]:
+    from medfed.simulations.benchmarks import ledger
+
+    return ledger.run(arguments.rows, arguments.debits, arguments.folder, system_seams())
+
+
+_MEASURES = {"rounds": _rounds, "federation": _federation, "simulation": _simulation, "ledger": _ledger}
 
 
 def _measure(arguments: argparse.Namespace) -> int:
@@ -67,7 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     simulation = commands.add_parser("simulation", help="a simulated round over a bare PyTorch loop: processor seconds")
     simulation.add_argument("--hospitals", type=int, nargs="+", default=[20, 100])
     simulation.add_argument("--rounds", type=int, default=5)
-    for each in (rounds, federation, simulation):
+    ledger = commands.add_parser("ledger", help="a debit, until it is on disk: milliseconds, by length of the ledger")
+    ledger.add_argument("--rows", type=int, nargs="+", default=[100, 1000, 10_000])
+    ledger.add_argument("--debits", type=int, default=300)
+    ledger.add_argument("--folder", type=Path, default=Path(), help="on the disk to measure; default: this one")
+    for each in (rounds, federation, simulation, ledger):
         each.add_argument("--json", action="store_true")
         each.set_defaults(action=_measure)
     return run_command(parser, argv)

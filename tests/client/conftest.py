@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 COMMANDS = Path(__file__).parent.parent / "commands"
-if str(COMMANDS) not in sys.path:
-    sys.path.insert(0, str(COMMANDS))
+LEDGER_TOOLS = Path(__file__).parent / "ledger_tools"
+for tools in (COMMANDS, LEDGER_TOOLS):
+    if str(tools) not in sys.path:
+        sys.path.insert(0, str(tools))
 
 from medfed_test_commands import Federation, lay_out_by_commands  # noqa: E402
 

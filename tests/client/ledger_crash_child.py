@@ -24,6 +24,7 @@ IDENTITY = Identity.from_seed(bytes(32))
 CAPS = Caps(100.0, 100.0, 1e-5)
 STUDY = bytes(32)
 ATTEMPTS = 100_000
+CYCLES_A_LEDGER = 25  # each is read from its first row at every start
 MECHANISM = Mechanism(sampling_rate=1.0, sigma=1e6, shares=1, sensitivity=1000.0, dimensions=10)
 
 
@@ -94,15 +95,18 @@ def cycle(path: Path, die_before: int, kill_after: int) -> list[tuple[str, int]]
 
 
 def main(folder: Path, cycles: int) -> None:
-    path = folder / "ledger.db"
-    with Ledger.create(SystemFiles(), path, IDENTITY) as ledger:
-        ledger.approve(approval(), [bytes(32)], CAPS)
     chance = random.Random(3)
     faults: list[str] = []
-    spent, events, promised = 0.0, 0, 0
+    spent, events, promised, total = 0.0, 0, 0, 0
     for number in range(cycles):
-        by_statement = chance.randrange(12, 120) if number % 2 else 0
-        said = cycle(path, by_statement, 0 if by_statement else chance.randrange(1, 40))
+        path = folder / f"{number // CYCLES_A_LEDGER}" / "ledger.db"
+        if number % CYCLES_A_LEDGER == 0:
+            spent, events = 0.0, 0
+            path.parent.mkdir()
+            with Ledger.create(SystemFiles(), path, IDENTITY) as ledger:
+                ledger.approve(approval(), [bytes(32)], CAPS)
+        by_statement = chance.randrange(12, 80) if number % 2 else 0
+        said = cycle(path, by_statement, 0 if by_statement else chance.randrange(1, 24))
         promised += len(said)
         with Ledger.open(SystemFiles(), path, IDENTITY) as ledger:
             ledger.verify()
@@ -116,6 +120,7 @@ def main(folder: Path, cycles: int) -> None:
                 faults.append("spending fell")
             if account.attempts_used > len({attempt for _, attempt in said}) + events + 1:
                 faults.append("more was charged than one interrupted attempt")
+            total += account.attempts_used - events
             spent, events = account.epsilon_spent, account.attempts_used
             attempt = ledger.highest_attempt(STUDY)
             if attempt and ledger.attempt_status(STUDY, attempt) is AttemptState.RESERVED:
@@ -124,7 +129,7 @@ def main(folder: Path, cycles: int) -> None:
                     faults.append("double debit")
                 except MedfedError:
                     ledger.abandon(STUDY, attempt, "interrupted")
-    print(json.dumps({"cycles": cycles, "promised": promised, "events": events, "faults": faults}))
+    print(json.dumps({"cycles": cycles, "promised": promised, "events": total, "faults": faults}))
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def test_run_with_a_bridge_answers_there_and_ends_with_sigterm(world):
         while "answering Flower's SuperNode" not in line:
             line = process.stderr.readline()
             assert line, "it ended"
-        request = encode(SetupRequest(bytes(32), bytes(16)), Identity.from_seed(bytes(32)))
+        request = encode(SetupRequest(bytes(32), bytes(16), ()), Identity.from_seed(bytes(32)))
         reply = ask(path, request, WITHIN_S)
         refusal = decode(reply, vector_limit_bytes=1 << 20)
         assert isinstance(refusal, Refusal) and refusal.reason == Refused.NOT_APPROVED

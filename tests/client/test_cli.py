@@ -82,7 +82,8 @@ def test_approval_screen_says_what_is_asked_what_it_costs_who_is_in_and_what_lea
         "12 records of 12 patients",
         "4 rounds and 1 spare attempts",
         "your own noise alone",
-        "your cap is 8",
+        "against your cap 8",
+        "by the privacy loss distribution",
         "UNCONFIRMED   west",
         "confirmed     south",
         "nothing else",
@@ -98,7 +99,7 @@ def test_approval_as_json_states_the_bytes_that_the_wire_will_carry(federation):
 
     asked = json.loads(call(main, [*approve_arguments(federation), "--json"]).out)
     payload = 52 + 4 * asked["leaves"]["values"] + 64  # secagg.md, section 5: header, words, signature
-    frame = Upload(bytes(32), bytes(16), 0, 1, 0, bytes(64), bytes(payload))
+    frame = Upload(bytes(32), bytes(16), 0, 1, 0, bytes(64), bytes(104), bytes(payload))
     assert asked["leaves"]["upload_bytes_per_round"] == len(encode(frame, Identity.from_seed(bytes(32))))
     assert asked["approved"] is True
     assert 0 < asked["cost"]["epsilon_without_spares"] < asked["cost"]["epsilon"] <= 2

@@ -109,6 +109,18 @@ def test_work_that_fails_on_the_processor_fails() -> None:
         Compute().run(work)
 
 
+def test_engine_is_opacus_asked_for_or_not(lines: pytest.LogCaptureFixture) -> None:
+    assert choose_compute(ComputeSection(device="cpu")).engine == "opacus"
+    assert len(lines.messages) == 1
+    assert choose_compute(ComputeSection(device="cpu", engine="opacus")).engine == "opacus"
+    assert lines.messages[1] == "gradients by opacus, as hospital.toml says"
+
+
+def test_engine_that_is_not_there_is_refused_in_a_clear_line() -> None:
+    with pytest.raises(ConfigError, match=r"MF-203 hospital\.toml: engine .*'auto' or 'opacus'"):
+        parse(b'engine = "own"', "hospital.toml", ComputeSection)
+
+
 @pytest.mark.parametrize("text", ['device = "gpu"', 'device = "cuda:"', "memory_gib = 0.0", "threads = 3"])
 def test_sections_that_mean_nothing_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"MF-20[23]"):

@@ -30,7 +30,7 @@ from medfed.seams import Seams, SystemEntropy, SystemFiles, SystemNetwork, syste
 
 FILES = system_seams().files
 WITHIN_S = 60.0
-STUDY = StudyNow(study_sha256="ab" * 32, completed_rounds=3, device="cpu")
+STUDY = StudyNow(study_sha256="ab" * 32, completed_rounds=3, device="cpu", engine="opacus")
 NOW = DaemonNow(
     format=1,
     version="0.1",
@@ -248,7 +248,7 @@ def test_status_without_a_process_says_so_and_shows_the_budget(approved):
     assert (study["study"], study["state"], study["round"], study["rounds"]) == ("Trial 1", "open", 0, 4)
     assert (study["attempts_used"], study["attempts_left"], study["epsilon_spent"]) == (0, 5, 0.0)
     assert study["epsilon_left"] == study["epsilon_reserved"] > 0
-    assert (study["under_way"], study["last_round_s"], study["device"]) == (False, None, None)
+    assert (study["under_way"], study["last_round_s"], study["device"], study["engine"]) == (False, None, None, None)
     assert "north: not running" in words.out and "round 0 of 4" in words.out
     assert approved.listing() == before
 
@@ -264,6 +264,7 @@ def test_status_of_a_process_says_why_it_is_not_connected_and_stop_ends_it_once_
         assert (said["studies"][0]["completed_rounds"], said["studies"][0]["device"]) == (0, "cpu")
         words = call(main, ["status", "--config", approved.config]).out
         assert f"running, process {os.getpid()}" in words and "not connected since" in words and "MF-610" in words
+        assert said["studies"][0]["engine"] == "opacus" and ", on cpu by opacus" in words
         assert "north-" not in words + json.dumps(said), "a patient's id"
         first = call(main, ["stop", "--config", approved.config])
         second = call(main, ["stop", "--config", approved.config])

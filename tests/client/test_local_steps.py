@@ -198,8 +198,8 @@ def test_attempt_that_dies_between_steps_is_charged_whole(make_world) -> None:
     with LedgerView.inspect(site.seams.files, site.ledger_path, site.identity()) as ledger:
         view = ledger.account(world.study_hash, caps_of(site))
     assert view.attempts_used == 2
-    assert view.epsilon_spent == pytest.approx(oracle(world, 2 * STEPS), rel=0.12)
-    assert view.epsilon_spent >= oracle(world, 2 * STEPS)
+    assert view.spent.rdp == pytest.approx(oracle(world, 2 * STEPS), rel=0.12)
+    assert view.spent.rdp >= oracle(world, 2 * STEPS)
 
 
 def oracle(world, events: int) -> float:
@@ -216,7 +216,7 @@ def test_attempts_times_steps_are_counted_as_dp_accounting_does(make_world, atte
     world = make_world(UPDATE)
     plan, expected = world.assignment.plan, oracle(world, attempts * STEPS)
     assert plan.events_per_attempt == STEPS
-    assert expected <= plan.epsilon_after(attempts) <= 1.12 * expected
+    assert expected <= plan.bounds_after(attempts).rdp <= 1.12 * expected
     assert plan.epsilon == plan.own_epsilon == plan.epsilon_after(5)
     assert 0.99 * 8.0 < plan.epsilon <= world.study.privacy.epsilon == 8.0
 

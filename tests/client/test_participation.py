@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -19,12 +19,23 @@ from medfed.advance import ModelState, state_bytes, state_hash, task_hash
 from medfed.client.hospital import Hospital
 from medfed.client.ledger import Ledger
 from medfed.errors import EnvironmentFault, MedfedError, PrivacyError, RemoteProtocolError
-from medfed.identity import Identity, verify
+from medfed.identity import Identity
+from medfed.privacy.accounting import micro
 from medfed.privacy.noise import discrete_gaussian
 from medfed.privacy.sampling import poisson_mask
 from medfed.privacy.secagg.aggregator import Aggregator
 from medfed.privacy.secagg.protocol import AggregatorConfig
+from medfed.privacy.statement import (
+    Ending,
+    PrivacyFile,
+    SignedByHospital,
+    canonical,
+    hospital_statement,
+    parse_statement,
+    statement,
+)
 from medfed.seams import Entropy, SystemFiles
+from medfed.server.ending import model_file
 from medfed.simulations.entropy import SeededEntropy
 from medfed.wire import (
     FROM_HOSPITAL,
@@ -46,6 +57,7 @@ from medfed.wire import (
     state_statement,
     upload_size_bytes,
 )
+from medfed.witness import NO_HEAD, Head, item, newest, read_heads, with_heads
 
 STRANGER = Identity.from_seed(b"\x99" * 32)
 EVERYBODY = range(4)
@@ -67,6 +79,8 @@ class Desk:
         self.attempt = 0
         self.session = bytes(16)
         self.offers: tuple[bytes, ...] = ()
+        self.told: set[bytes] = set()
+        self.heads: dict[int, Head] = {}
         self.attestations: dict[int, bytes] = {}
         self.frames: list[bytes] = []
         self.limit = 1 << 16
@@ -98,9 +112,22 @@ class Desk:
     def set_up(self, session: bytes | None = None) -> None:
         """All hospitals' offers."""
         self.session = session or hashlib.sha256(self.session).digest()[:16]
-        replies = [self.ask(position, SetupRequest(self.world.study_hash, self.session)) for position in EVERYBODY]
+        replies = [self.ask(position, self.setup(self.session)) for position in EVERYBODY]
         self.offers = tuple(reply.offer for reply in replies)
+        self.told = {each for reply in replies for each in reply.heads if not each.endswith(NO_HEAD)}
+        self.note(read_heads(self.told, self.it.roster.identities))
         self.attempt = max(self.attempt, *(reply.highest_attempt for reply in replies))
+
+    def setup(self, session: bytes, heads: tuple[bytes, ...] = ()) -> SetupRequest:
+        return SetupRequest(self.world.study_hash, session, heads)
+
+    def note(self, heads: Iterable[tuple[int, Head]]) -> None:
+        """Remember the newest head of each ledger."""
+        self.heads = newest([*self.heads.items(), *heads])
+
+    def known(self) -> set[bytes]:
+        """The newest head of each ledger."""
+        return {item(position, head) for position, head in self.heads.items()}
 
     def request(self, attempt: int | None = None, **changes: object) -> RoundRequest:
         attempt = self.attempt + 1 if attempt is None else attempt
@@ -112,6 +139,7 @@ class Desk:
             self.state.completed_rounds,
             state_hash(self.world.study_hash, self.state),
             self.offers,
+            tuple(sorted(self.told | self.known())),
             self.total,
         )
         return replace(plain, **changes)
@@ -119,7 +147,8 @@ class Desk:
     def add_up(self, request: RoundRequest, uploads: list[Upload]) -> bytes:
         """The sum of all uploads; raises if one of them does not belong."""
         aggregator = Aggregator.from_offers(self.config(), request.offers)
-        aggregator.open_round(request.attempt, task_hash(self.world.study_hash, self.state))
+        task = task_hash(self.world.study_hash, self.state)
+        aggregator.open_round(request.attempt, with_heads(task, request.heads))
         for upload in uploads:
             aggregator.add_upload(upload.payload)
         return aggregator.total().tobytes()
@@ -131,6 +160,7 @@ class Desk:
         assert all(isinstance(upload, Upload) for upload in uploads), uploads
         self.attempt = request.attempt
         self.attestations = {upload.position: upload.attestation for upload in uploads}
+        self.note((upload.position, Head.from_bytes(upload.head)) for upload in uploads)
         self.total = self.add_up(request, uploads)
         self.previous, self.state = self.state, self.it.advance(self.state, self.total)
         return uploads
@@ -148,7 +178,19 @@ class Desk:
 
     def finish(self, **changes: object) -> Finish:
         digest = state_hash(self.world.study_hash, self.state)
-        plain = Finish(self.world.study_hash, b"f" * 16, self.state.completed_rounds, digest, self.total)
+        model = hashlib.sha256(model_file(self.it.study, self.state)).digest()
+        ending = Ending(self.attempt, digest, model, bytes(32), (), {})
+        said = statement(self.it.study, self.it.roster, self.it.plan, ending)
+        plain = Finish(
+            study_hash=self.world.study_hash,
+            nonce=b"f" * 16,
+            round=self.state.completed_rounds,
+            state_hash=digest,
+            heads=tuple(sorted(self.known())),
+            statement=canonical(said),
+            statement_signature=said.sign(self.it.identity),
+            total=self.total,
+        )
         return replace(plain, **changes)
 
 
@@ -232,6 +274,7 @@ def test_debit_is_on_disk_before_records_are_used(world) -> None:
     debited = [("RESERVED", 1)]
     assert seen == [
         ("secagg/offer", []),
+        ("witnesses.bin", debited),
         ("sampling", debited),
         ("noise", debited),
         ("outbox.bin", debited),
@@ -585,7 +628,7 @@ def test_offers_that_do_not_verify_are_refused_before_the_debit(desk: Desk) -> N
 def test_own_offer_of_an_earlier_process_asks_for_a_new_setup(desk: Desk) -> None:
     """Restarted, then asked by a late copy of the same session's setup: its first offer's keys are gone."""
     desk.world.start(0)
-    desk.ask(0, SetupRequest(desk.world.study_hash, desk.session))
+    desk.ask(0, desk.setup(desk.session))
     with unchanged(desk.world):
         refused(desk.ask(0, desk.request()), Refused.NO_SESSION)
     desk.set_up()
@@ -596,7 +639,7 @@ def test_offers_that_change_within_a_session_are_refused(desk: Desk) -> None:
     """A hospital that restarted has another key: the old session's pads must not be mixed with it."""
     desk.round()
     desk.world.start(3)
-    newer = desk.ask(3, SetupRequest(desk.world.study_hash, desk.session)).offer
+    newer = desk.ask(3, desk.setup(desk.session)).offer
     refused(desk.ask(0, desk.request(offers=(*desk.offers[:3], newer))), Refused.OFFERS_REFUSED)
     assert desk.world.charged(0) == 1
 
@@ -616,7 +659,7 @@ def test_budget_that_was_lowered_since_approval_is_kept(desk: Desk) -> None:
 
 
 def requests(desk: Desk) -> list[Message]:
-    return [SetupRequest(desk.world.study_hash, b"new session here"), desk.request(), desk.transfer(), desk.finish()]
+    return [desk.setup(b"new session here"), desk.request(), desk.transfer(), desk.finish()]
 
 
 def test_request_that_the_coordinator_did_not_sign_changes_nothing(desk: Desk) -> None:
@@ -661,7 +704,7 @@ def test_withdrawn_study_is_refused(desk: Desk) -> None:
     with Ledger.open(site.seams.files, site.ledger_path, site.identity()) as ledger:
         ledger.withdraw(world.study_hash, "changed our mind")
     world.start(0)
-    for message in (SetupRequest(world.study_hash, bytes(16)), desk.request()):
+    for message in (desk.setup(bytes(16)), desk.request()):
         refused(desk.ask(0, message), Refused.NOT_APPROVED)
     assert world.charged(0) == 0
 
@@ -669,7 +712,7 @@ def test_withdrawn_study_is_refused(desk: Desk) -> None:
 def test_expired_study_is_refused(desk: Desk) -> None:
     desk.world.clock.wall_from_s = 4_102_444_800.0  # 2100-01-01
     with unchanged(desk.world):
-        for message in (SetupRequest(desk.world.study_hash, bytes(16)), desk.request()):
+        for message in (desk.setup(bytes(16)), desk.request()):
             reply = desk.ask(0, message)
             refused(reply, Refused.NOT_APPROVED)
             assert reply.position == 0
@@ -849,21 +892,104 @@ def test_note_that_cannot_be_written_does_not_void_a_sealed_attempt(desk: Desk) 
 # -------------------------------------------------------------------------------------------------------- the end
 
 
-def test_finish_is_answered_with_a_signature_over_the_final_state(desk: Desk) -> None:
+def signed_by(desk: Desk, position: int, finish: Finish, message: Finished) -> SignedByHospital:
+    """What the hospital's signature is over, put together as the coordinator does."""
+    charged = (message.attempts_charged, message.epsilon_spent_micro)
+    said, head = parse_statement(finish.statement), Head.from_bytes(message.head)
+    mine = hospital_statement(said, desk.it.roster, position, charged, head)
+    return SignedByHospital(**mine.model_dump(), signature=message.signature.hex())
+
+
+def trained(desk: Desk) -> Desk:
     for _ in range(3):
         desk.round()
-    frame = desk.sign(desk.finish())
+    return desk
+
+
+def test_finish_is_answered_with_a_signature_over_model_and_statement(desk: Desk) -> None:
+    """The same bytes for the same question, also of another process, and whatever the ledger did since."""
+    finish = trained(desk).finish()
+    frame = desk.sign(finish)
     first = desk.world.hospitals[0].handle(frame)
     message = decode(first, vector_limit_bytes=desk.limit)
-    statement = state_statement(desk.world.study_hash, 3, state_hash(desk.world.study_hash, desk.state))
     assert isinstance(message, Finished)
-    verify(desk.it.roster.identities[0], message.attestation, statement)
+    mine = signed_by(desk, 0, finish, message)
+    mine.check()
+    assert mine.attempts_charged == 3
+    assert mine.epsilon_spent_micro == micro(desk.it.plan.epsilon_after(3))
+    assert desk.world.rows(0)[mine.ledger_seq - 1] == ("CLOSED", 0)
     with unchanged(desk.world):
         assert desk.world.hospitals[0].handle(frame) == first
     desk.world.start(0)
     assert desk.world.hospitals[0].handle(frame) == first
     refused(desk.ask(0, desk.request()), Refused.NOT_APPROVED)
-    refused(desk.ask(0, SetupRequest(desk.world.study_hash, b"x" * 16)), Refused.NOT_APPROVED)
+    refused(desk.ask(0, desk.setup(b"x" * 16)), Refused.NOT_APPROVED)
+
+
+def test_finished_hospital_keeps_statement_and_page_beside_its_model(desk: Desk) -> None:
+    finish = trained(desk).finish()
+    message = desk.ask(1, finish)
+    file = PrivacyFile.model_validate_json((desk.world.place(1) / "privacy.json").read_bytes())
+    assert canonical(file.statement) == finish.statement
+    assert file.hospitals == [signed_by(desk, 1, finish, message)]
+    assert hashlib.sha256((desk.world.place(1) / "model.safetensors").read_bytes()).hexdigest() == file.model_sha256
+    assert "Bonn | 3 |" in (desk.world.place(1) / "privacy.md").read_text()
+
+
+def test_attempt_that_reached_one_hospital_is_in_its_statement_only(desk: Desk) -> None:
+    assert isinstance(desk.ask(2, desk.request()), Upload)
+    desk.attempt = 1
+    finish = trained(desk).finish()
+    charged = {position: desk.ask(position, finish).attempts_charged for position in EVERYBODY}
+    assert charged == {0: 3, 1: 3, 2: 4, 3: 3}
+
+
+LIES = {
+    "epsilon": 0.5,
+    "epsilon_rdp": 0.5,
+    "epsilon_pld": None,
+    "epsilon_spent": 0.5,
+    "epsilon_own_noise_alone": 0.5,
+    "delta": 1e-9,
+    "noise_multiplier": 9.0,
+    "unit": "record",
+    "mode": "distributed",
+    "attempts_used": 2,
+    "attempts_approved": 9,
+    "colluders": 3,
+    "excess_noise": 9.0,
+    "wrap_probability": 0.5,
+    "parameters": 2,
+    "holds_against": "everyone",
+    "not_claimed": "nothing",
+    "roster_sha256": "00" * 32,
+    "model_sha256": "00" * 32,
+    "state_sha256": "00" * 32,
+}
+
+
+@pytest.mark.parametrize("field", LIES)
+def test_statement_that_a_hospital_does_not_work_out_itself_is_not_signed(desk: Desk, field: str) -> None:
+    """The coordinator signs what it likes; a hospital only what follows from study, model and its own ledger."""
+    said = parse_statement(trained(desk).finish().statement)
+    lie = said.model_copy(update={field: LIES[field]})
+    finish = desk.finish(statement=canonical(lie), statement_signature=lie.sign(desk.it.identity))
+    refused(desk.ask(0, finish), Refused.STATEMENT)
+    assert ("CLOSED", 0) not in desk.world.rows(0)
+    assert isinstance(desk.ask(0, desk.finish()), Finished)
+
+
+@pytest.mark.parametrize("statement", [b"", b"{}", b"[" * 5000, b"\xff"])
+def test_statement_that_cannot_be_read_is_not_signed(desk: Desk, statement: bytes) -> None:
+    refused(desk.ask(0, trained(desk).finish(statement=statement)), Refused.STATEMENT)
+
+
+def test_statement_that_the_coordinator_did_not_sign_is_not_signed(desk: Desk) -> None:
+    finish = trained(desk).finish()
+    said = parse_statement(finish.statement)
+    refused(desk.ask(0, replace(finish, statement_signature=said.sign(STRANGER))), Refused.STATEMENT)
+    spaced = replace(finish, statement=finish.statement.replace(b":", b": ", 1))
+    refused(desk.ask(0, spaced), Refused.STATEMENT)
 
 
 def test_finish_before_the_last_round_is_refused(desk: Desk) -> None:
@@ -909,8 +1035,8 @@ def whole_run(make_world, missing_patient: bool) -> list[bytes]:
     return desk.frames
 
 
-PRIVATE = {"payload", "attestation"}
-"""The masked vector, and the signature over a state that all vectors went into."""
+PRIVATE = {"payload", "attestation", "head", "heads", "signature"}
+"""The masked vector, the signature over a state that all vectors went into, and heads of ledgers: over a keyed digest."""
 
 
 def test_egress_allowlist(make_world) -> None:
@@ -928,26 +1054,26 @@ def test_egress_allowlist(make_world) -> None:
             mine, theirs = getattr(one, field.name), getattr(other, field.name)
             if field.name in PRIVATE:
                 assert len(mine) == len(theirs)
-                uploads += mine != theirs
+                uploads += field.name == "payload" and mine != theirs
             else:
                 assert mine == theirs, field.name
         if isinstance(one, Upload):
             assert len(frame) == upload_size_bytes(len(one.payload))
-    assert uploads >= 12, "the two runs did not differ at all: the comparison would see nothing"
+    assert uploads >= 9, "the two runs did not differ at all: the comparison would see nothing"
 
 
 def test_offer_tells_the_attempts_that_the_coordinator_knows_anyway(desk: Desk) -> None:
     desk.round()
-    reply = desk.ask(0, SetupRequest(desk.world.study_hash, b"x" * 16))
+    reply = desk.ask(0, desk.setup(b"x" * 16))
     assert isinstance(reply, OfferReply)
     assert reply.highest_attempt == 1
 
 
 def test_same_session_is_answered_with_the_same_offer(desk: Desk) -> None:
-    frame = desk.sign(SetupRequest(desk.world.study_hash, desk.session))
+    frame = desk.sign(desk.setup(desk.session))
     with unchanged(desk.world):
         assert desk.world.hospitals[0].handle(frame) == desk.frames[0]
-    assert desk.world.hospitals[0].handle(desk.sign(SetupRequest(desk.world.study_hash, b"x" * 16))) != desk.frames[0]
+    assert desk.world.hospitals[0].handle(desk.sign(desk.setup(b"x" * 16))) != desk.frames[0]
 
 
 def test_refusals_are_logged_for_this_hospital(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from medfed.client.policy import HospitalConfig, Policy, load_hospital
+from medfed.client.trainer import number_patients
 from medfed.errors import ConfigError, ExitStatus, MedfedError, PrivacyError
+from medfed.models.records import Records
 from medfed.seams import SystemFiles
 from medfed.study import Study
 from medfed.toml_files import parse
@@ -32,7 +35,11 @@ lifetime_delta = 1e-5
 max_delta = 1e-3
 min_noise_multiplier = 0.5
 min_hospitals = 4
+min_honest = 3
 min_colluders = 1
+tasks = ["binary"]
+models = ["logistic-regression", "mlp"]
+max_sampling_rate = 1.0
 modes = ["local"]
 units = ["patient"]
 max_attempts = 50
@@ -192,6 +199,20 @@ def test_study_beyond_a_bound_is_refused_by_name(old: str, new: str, code: int) 
     assert caught.value.code == code
     assert caught.value.exit_status is ExitStatus.POLICY
     assert "hospital.toml" in caught.value.remedy
+
+
+def test_record_level_needs_both_the_study_and_the_hospital() -> None:
+    """Neither alone: the usual policy refuses such a study, and one that allows it changes no other study's unit."""
+    by_record = study('unit = "patient"', 'unit = "record"')
+    with pytest.raises(PrivacyError, match='MF-134 privacy unit "record" is not allowed here'):
+        policy().admit(by_record)
+    allowing = policy().model_copy(update={"units": ["patient", "record"]})
+    allowing.admit(by_record)
+    allowing.admit(study())
+    assert study().privacy.unit == "patient"
+    three = Records(np.zeros((3, 1), np.float32), np.zeros(3, np.int64), ("a", "a", "b"))
+    assert number_patients(study(), three).count == 2
+    assert number_patients(by_record, three).count == 3
 
 
 def test_study_that_allows_for_too_few_colluders_is_refused() -> None:

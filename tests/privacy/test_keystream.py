@@ -30,6 +30,35 @@ def test_keystream_read_in_pieces_is_the_same_stream(counts):
     assert np.array_equal(np.concatenate([stream.words(count) for count in counts]), whole)
 
 
+def bit_p_value(words):
+    """p-value for as many ones as zeros over all bits of uint64[n]."""
+    return stats.binomtest(int(np.unpackbits(words.view(np.uint8)).sum()), 64 * len(words), 0.5).pvalue
+
+
+def test_keystream_words_are_uniform_and_none_comes_twice():
+    """Every byte of a word by itself and beside its neighbour's: false alarm 1e-4 a test, with a fixed key."""
+    words = Keystream(b"\x05" * 32).words(1 << 16)
+    assert len(np.unique(words)) == len(words)
+    columns = words.view(np.uint8).reshape(-1, 8)
+    for place in range(8):
+        assert stats.chisquare(np.bincount(columns[:, place], minlength=256)).pvalue > 1e-4
+        pairs = np.histogram2d(columns[:-1, place] >> 4, columns[1:, place] >> 4, bins=16)[0]
+        assert stats.chi2_contingency(pairs).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("flipped", [0, 100, 255])
+def test_keystream_of_a_key_one_bit_apart_is_independent(flipped):
+    """Where the two streams differ is as random as they are: false alarm 1e-4; a stream xored with itself is none."""
+    key = bytearray(b"\x06" * 32)
+    one = Keystream(bytes(key)).words(1 << 14)
+    key[flipped // 8] ^= 1 << flipped % 8
+    other = Keystream(bytes(key)).words(1 << 14)
+    assert not set(one.tolist()) & set(other.tolist())
+    assert bit_p_value(one ^ other) > 1e-4
+    assert bit_p_value(one ^ np.roll(one, 1)) > 1e-4
+    assert bit_p_value(one ^ (one | np.uint64(1))) < 1e-12
+
+
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_keystream_copied_or_pickled_is_refused(duplicate):
     with pytest.raises(TypeError, match="never be used twice"):

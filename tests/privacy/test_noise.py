@@ -44,22 +44,94 @@ def goodness_of_fit(draws, sigma):
     return stats.chisquare([*seen, tail], [*wanted, rest]).pvalue
 
 
+def equiprobable_bins(draws, sigma, bins=64):
+    """p-value of a chi-square test against the normal law, which a large scale cannot be told from: int64[n]."""
+    edges = stats.norm.ppf(np.linspace(0, 1, bins + 1))
+    counts = np.histogram(draws / sigma, np.concatenate([[-1e9], edges[1:-1], [1e9]]))[0]
+    return stats.chisquare(counts).pvalue
+
+
+def moment_scores(draws, sigma):
+    """Mean, variance and fourth moment in standard errors from their exact values: float64[3]."""
+    reach = math.ceil(12 * sigma)
+    support = np.arange(-reach, reach + 1.0) if sigma < 1000 else np.linspace(-12, 12, 4001) * sigma
+    chances = np.exp(-((support / sigma) ** 2) / 2)
+    chances /= chances.sum()
+    scaled, support = draws / sigma, support / sigma
+    scores = []
+    for power in (1, 2, 4):
+        expected, square = (chances @ support ** (times * power) for times in (1, 2))
+        scores.append((np.mean(scaled**power) - expected) / math.sqrt((square - expected**2) / len(draws)))
+    return np.array(scores)
+
+
 @pytest.mark.parametrize("sigma", SCALES)
 def test_noise_small_scale_has_the_exact_distribution_and_five_percent_off_fails(sigma):
-    draws = discrete_gaussian(b"\x11" * 32, sigma, DRAWS)
-    assert goodness_of_fit(draws, sigma) > FALSE_ALARM
-    assert goodness_of_fit(draws, sigma * 1.05) < 1e-12
-    assert goodness_of_fit(draws, sigma * 0.95) < 1e-12
+    assert goodness_of_fit(discrete_gaussian(b"\x11" * 32, sigma, DRAWS), sigma) > FALSE_ALARM
+    for wrong in (0.95, 1.05):
+        # the planted fault: a sampler of the wrong scale (0.5 is the least there is: the claim is off instead)
+        draws = discrete_gaussian(b"\x11" * 32, max(0.5, wrong * sigma), DRAWS)
+        assert goodness_of_fit(draws, sigma if wrong * sigma >= 0.5 else sigma / wrong) < 1e-12
 
 
 @pytest.mark.parametrize("sigma", LARGE_SCALES)
 def test_noise_large_scale_fits_the_normal_law_and_five_percent_off_fails(sigma):
-    draws = discrete_gaussian(b"\x12" * 32, sigma, DRAWS)
-    edges = stats.norm.ppf(np.linspace(0, 1, 65))
-    for factor, lawful in [(1.0, True), (1.05, False), (0.95, False)]:
-        counts = np.histogram(draws / (sigma * factor), np.concatenate([[-1e9], edges[1:-1], [1e9]]))[0]
-        p_value = stats.chisquare(counts).pvalue
-        assert p_value > FALSE_ALARM if lawful else p_value < 1e-12
+    assert equiprobable_bins(discrete_gaussian(b"\x12" * 32, sigma, DRAWS), sigma) > FALSE_ALARM
+    for wrong in (0.95, 1.05):
+        draws = discrete_gaussian(b"\x12" * 32, min(2.0**40, wrong * sigma), DRAWS)
+        assert equiprobable_bins(draws, sigma if wrong * sigma <= 2.0**40 else sigma / wrong) < 1e-12
+
+
+@pytest.mark.parametrize("sigma", [*SCALES, *LARGE_SCALES])
+def test_noise_has_its_exact_moments_and_five_percent_off_fails(sigma):
+    """Each within 4.4 standard errors of the truth (two-sided false alarm 1e-5, three a scale); the variance of a scale that is
+    5 % off lies 30 of them away."""
+    draws = discrete_gaussian(b"\x15" * 32, sigma, DRAWS)
+    assert (np.abs(moment_scores(draws, sigma)) < 4.4).all()
+    for claimed in (sigma / 0.95, sigma / 1.05):
+        assert abs(moment_scores(draws, claimed)[1]) > 20
+
+
+SHAPE_DRAWS = 1 << 20
+
+
+def rounded_gaussian(sd):
+    return np.rint(np.random.default_rng(6).normal(0, sd, SHAPE_DRAWS)).astype(np.int64)
+
+
+def drawn_from(weights):
+    """Draws of an integer law by its weights over -20 to 20."""
+    return np.random.default_rng(6).choice(np.arange(-20, 21), SHAPE_DRAWS, p=weights / weights.sum())
+
+
+SMALL = 0.7
+INTEGERS = np.arange(-20, 21)
+LAW = np.exp(-(INTEGERS**2) / (2 * SMALL**2))
+VARIANCE = float(LAW @ INTEGERS**2 / LAW.sum())
+# r such that 2r / (1-r)^2, the variance of a discrete Laplace law of ratio r, is the noise's
+RATIO = 1 + 1 / VARIANCE - math.sqrt((1 + 1 / VARIANCE) ** 2 - 1)
+WRONG_SHAPES = {
+    "a float Gaussian, rounded": lambda: rounded_gaussian(SMALL),
+    "a float Gaussian, rounded, of the same variance": lambda: rounded_gaussian(0.6372),
+    "Laplace of the same variance": lambda: drawn_from(RATIO ** np.abs(INTEGERS)),
+    "zero counted twice": lambda: drawn_from(np.where(INTEGERS == 0, 2 * LAW, LAW)),
+    "tails cut at three standard deviations": lambda: drawn_from(np.where(np.abs(INTEGERS) > 2, 0, LAW)),
+    "one value in fifty not noised": lambda: drawn_from(LAW / LAW.sum() + (INTEGERS == 0) / 50),
+}
+
+
+@pytest.mark.parametrize("shape", WRONG_SHAPES)
+def test_noise_of_a_wrong_shape_fails(shape):
+    """What a test by variance alone would pass."""
+    assert goodness_of_fit(WRONG_SHAPES[shape](), SMALL) < 1e-9
+
+
+def test_noise_of_the_wrong_shapes_scale_passes():
+    """The control of the test above, and that two of its shapes have the variance they say."""
+    assert goodness_of_fit(discrete_gaussian(b"\x16" * 32, SMALL, SHAPE_DRAWS), SMALL) > FALSE_ALARM
+    assert goodness_of_fit(drawn_from(LAW), SMALL) > FALSE_ALARM
+    for shape in ("a float Gaussian, rounded, of the same variance", "Laplace of the same variance"):
+        assert WRONG_SHAPES[shape]().var() == pytest.approx(VARIANCE, rel=0.01)
 
 
 @pytest.mark.parametrize("sigma", LARGE_SCALES)
@@ -68,10 +140,44 @@ def test_noise_large_scale_has_uniform_low_bits(sigma):
     assert stats.chisquare(np.bincount(draws & 15, minlength=16)).pvalue > FALSE_ALARM
 
 
-def test_noise_neighbors_are_uncorrelated():
+def largest_autocorrelation(draws):
+    """Over all lags up to half the length, in standard errors: so that no period goes unseen."""
+    spectrum = np.fft.rfft(draws - draws.mean(), 2 * len(draws))
+    correlation = np.fft.irfft(np.abs(spectrum) ** 2)[1 : len(draws) // 2]
+    pairs = len(draws) - np.arange(1, len(draws) // 2)
+    return float((np.abs(correlation) / np.sqrt(pairs)).max() / draws.var())
+
+
+def test_noise_words_are_independent_at_every_lag():
+    """6.3 standard errors: false alarm 3e-5 over 100,000 lags. The values, and their sizes without the sign."""
     draws = discrete_gaussian(b"\x14" * 32, 50.0, DRAWS).astype(float)
-    for lag in (1, 2, 7):
-        assert abs(np.corrcoef(draws[:-lag], draws[lag:])[0, 1]) < 4 / math.sqrt(DRAWS)
+    assert largest_autocorrelation(draws) < 6.3
+    assert largest_autocorrelation(np.abs(draws)) < 6.3
+    # the planted fault: a stream that begins anew after two batches of proposals
+    assert largest_autocorrelation(np.resize(draws[:31_000], DRAWS)) > 100
+
+
+def test_noise_neighbors_are_independent():
+    """Not only uncorrelated: a table of sixteen equally likely bins by sixteen; false alarm 1e-4."""
+    draws = discrete_gaussian(b"\x14" * 32, 2.0**18, DRAWS)
+    edges = stats.norm.ppf(np.linspace(0, 1, 17))[1:-1] * 2.0**18
+    bins = np.digitize(draws, edges)
+    for lag in (1, 2):
+        table = np.histogram2d(bins[:-lag], bins[lag:], bins=16)[0]
+        assert stats.chi2_contingency(table).pvalue > FALSE_ALARM
+    shared = np.where(np.arange(DRAWS) % 50 == 0, np.roll(draws, 1), draws)  # one in fifty repeats the one before
+    table = np.histogram2d(np.digitize(shared[:-1], edges), np.digitize(shared[1:], edges), bins=16)[0]
+    assert stats.chi2_contingency(table).pvalue < 1e-12
+
+
+def test_noise_of_different_keys_is_independent():
+    """Sixty-four keys that differ in two bits: all pairs within 5.5 standard errors, false alarm 8e-5."""
+    keys = [bytes([1 << (number % 8) if place == number // 8 else 0 for place in range(32)]) for number in range(64)]
+    draws = np.array([discrete_gaussian(key, 50.0, 4096) for key in keys], float)
+    pairs = np.abs(np.corrcoef(draws)[np.triu_indices(64, 1)])
+    assert pairs.max() < 5.5 / math.sqrt(4096)
+    draws[7] = draws[3]  # the planted fault: one key used twice
+    assert np.abs(np.corrcoef(draws)[np.triu_indices(64, 1)]).max() > 0.99
 
 
 @pytest.mark.parametrize("vector", VECTORS["draws"], ids=lambda vector: str(vector["sigma"]))

@@ -72,6 +72,15 @@ def test_plan_of_a_grid_that_is_too_coarse_is_refused(study, words):
         make_plan(changed(study, "quantization", range=1e9), words)
 
 
+def test_plan_of_the_16_bit_ring_where_rounding_would_dominate_is_refused(study):
+    """Room for sums of 64 C leaves few grid steps to C, and 10,000 parameters are rounded by 100 of them."""
+    narrow = changed(study, "quantization", ring_bits=16, range=study.privacy.clipping_norm * 2.0**6)
+    with pytest.raises(PrivacyError, match="MF-145 the grid is too coarse"):
+        make_plan(narrow, 10_000)
+    with pytest.raises(PrivacyError, match="MF-145 the masked sum could overflow"):
+        make_plan(narrow, 4)  # of a tiny model the grid is fine enough, and the ring is what fails
+
+
 def test_plan_of_a_ring_without_room_for_the_noise_is_refused(study, words):
     assert make_plan(study, words).wrap_probability <= WRAP_PROBABILITY_LIMIT
     narrow = changed(changed(study, "quantization", ring_bits=16), "privacy", clipping_norm=1.0)

@@ -254,6 +254,7 @@ BAD_PLANS = {
     "no date": ({"--expires": "tomorrow"}, None, 203, 2),
     "no task": ({"--task": "lung-cancer"}, None, 606, 6),
     "task with a seed": ({}, _task("sampling_rate", "seed = 1\nsampling_rate"), 202, 2),
+    "task with a loss over the batch": ({}, _task("classes = 2", 'classes = 2\nloss = "cox"'), 160, 3),
     "task misspelled": ({}, _task("spare_attempts", "spare_atempts"), 202, 2),
     "task out of range": ({}, _task("sampling_rate = 1.0", "sampling_rate = 1.5"), 203, 2),
     "no roster": ({}, lambda f: (f.office / "roster.json").unlink(), 606, 6),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import random
 from collections.abc import Callable
@@ -14,10 +15,12 @@ import pytest
 from numpy.typing import NDArray
 
 from medfed.advance import ModelState, released_weights, state_bytes, state_hash
-from medfed.errors import EnvironmentFault, MedfedError, PrivacyError, RemoteProtocolError
+from medfed.errors import EnvironmentFault, MedfedError, PrivacyError, ProtocolError, RemoteProtocolError
 from medfed.identity import Identity, verify
+from medfed.privacy.journal import check_journal
 from medfed.privacy.noise import discrete_gaussian
 from medfed.privacy.secagg.protocol import HEADER_BYTES, upload_signature_input
+from medfed.privacy.statement import hospital_statement, parse_statement, sign_for_hospital
 from medfed.seams import SystemFiles
 from medfed.server.exchange import Kind, Reply
 from medfed.server.rounds import Rounds
@@ -37,6 +40,7 @@ from medfed.wire import (
     encode,
     state_statement,
 )
+from medfed.witness import Head
 
 ROUNDS, ATTEMPTS = 3, 5
 EVERYBODY = range(4)
@@ -746,7 +750,7 @@ def test_offer_in_another_hospitals_name_is_an_alarm_and_does_not_stand_for_it(
     started, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Offers are relayed, so a hospital holds the others' old ones, rightly signed: it may not hand them in."""
-    earlier = encode(SetupRequest(started.study_hash, b"earlier session!"), started.assignment.identity)
+    earlier = encode(SetupRequest(started.study_hash, b"earlier session!", ()), started.assignment.identity)
     old = opened(started.hospitals[2].handle(earlier)).offer
     identity, done = started.site(1).identity(), []
 
@@ -779,15 +783,26 @@ def test_offer_that_does_not_verify_is_an_alarm_and_asked_for_again(started, cap
 # ------------------------------------------------------------------------------------------------------- final model
 
 
-def test_hospital_with_another_final_model_ends_the_run(started) -> None:
-    """Its signature is over another state: nobody may say that all agree."""
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"signature": bytes(64)},
+        {"attempts_charged": 2},
+        {"attempts_charged": ATTEMPTS},
+        {"epsilon_spent_micro": 1},
+        {"head": bytes(104)},
+        {"head": b"\0" * 7 + b"\1" + bytes(96)},
+    ],
+    ids=str,
+)
+def test_hospital_that_signed_something_else_ends_the_run(started, change: dict[str, object]) -> None:
+    """Its signature is over another model, statement or ledger: nobody may say that all agree."""
     identity = started.site(2).identity()
 
     def disagree(position: int, request: Message, reply: bytes) -> list[bytes] | None:
         if position != 2 or not isinstance(request, Finish):
             return None
-        statement = state_statement(started.study_hash, 3, bytes(32))
-        return [encode(replace(opened(reply), attestation=identity.sign(statement)), identity)]
+        return [encode(replace(opened(reply), **change), identity)]
 
     error = stops(Coordinator(started, Meddler(started, disagree)), 193, RemoteProtocolError)
     assert "Celle" in error.what
@@ -799,6 +814,49 @@ def test_hospital_that_does_not_confirm_the_final_model_ends_the_run(started, re
         Coordinator(started, Meddler(started, refusing(started, 0, reason, Finish))), 193, RemoteProtocolError
     )
     assert "Ahaus" in error.what
+
+
+@pytest.mark.parametrize("micro", [1, 2**31])
+def test_hospital_that_signs_figures_that_cannot_be_ends_the_run(started, micro: int) -> None:
+    """Rightly signed, by a hospital that runs something else."""
+    identity = started.site(2).identity()
+
+    def lie(position: int, request: Message, reply: bytes) -> list[bytes] | None:
+        if position != 2 or not isinstance(request, Finish):
+            return None
+        message, said = opened(reply), parse_statement(request.statement)
+        figures = (message.attempts_charged, micro)
+        mine = hospital_statement(said, started.assignment.roster, 2, figures, Head.from_bytes(message.head))
+        signature = bytes.fromhex(sign_for_hospital(mine, identity).signature)
+        return [encode(replace(message, epsilon_spent_micro=micro, signature=signature), identity)]
+
+    error = stops(Coordinator(started, Meddler(started, lie)), 193, RemoteProtocolError)
+    assert "Celle" in error.what
+
+
+def test_record_of_a_run_with_lost_attempts_tells_each_hospitals_own(started) -> None:
+    """The coordinator counts four attempts; Celle, whose first one failed, and the others were all charged for each."""
+    started.start(2, dying_noise(2, EnvironmentFault(630, "out of memory", "free some")))
+    coordinator = Coordinator(started, Post(started))
+    coordinator.run()
+    record = coordinator.rounds.record
+    assert (record.said.attempts_used, record.said.attempts_approved) == (ROUNDS + 1, ATTEMPTS)
+    charged = [record.signed[position].attempts_charged for position in EVERYBODY]
+    assert charged == [started.charged(position) for position in EVERYBODY]
+    assert check_journal(record.journal, record.said, started.assignment.roster.identities) == 1
+    lines = [json.loads(line)["kind"] for line in record.journal.splitlines()]
+    assert lines == ["begin", "completed", "lost", "completed", "completed", "end"]
+
+
+def test_record_is_the_same_when_the_coordinator_asks_again(started) -> None:
+    first, second = (Coordinator(started, Post(started)) for _ in range(2))
+    first.run()
+    with pytest.raises(ProtocolError, match="not finished"):
+        _ = second.rounds.record
+    second.start()
+    second.run()
+    assert second.rounds.record.privacy_file == first.rounds.record.privacy_file
+    assert second.rounds.record.journal == first.rounds.record.journal
 
 
 def test_missing_signature_over_the_final_model_ends_at_the_deadline(started) -> None:

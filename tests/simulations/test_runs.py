@@ -15,8 +15,10 @@ import medfed.client.local_steps
 import medfed.client.participation
 import medfed.server.mail
 import medfed.simulations.federation
+from medfed.client.verify import verify
 from medfed.errors import ConfigError, DataError, EnvironmentFault
 from medfed.seams import system_seams
+from medfed.server.results import RECORD_NAMES
 from medfed.simulations import Rehearsal, load_cohort, plots, simulate
 from medfed.simulations.cli import main
 from medfed.simulations.cohorts import COHORTS
@@ -50,7 +52,7 @@ KEYS = [
 FILES = {
     "model.safetensors",
     "study.toml",
-    "privacy.json",
+    *RECORD_NAMES,
     "result.json",
     "report.md",
     "metric_by_round.png",
@@ -101,7 +103,7 @@ def test_run_result_has_the_keys_of_every_run(finished):
     assert 0.99 < result["epsilon"] <= 1.0
     assert 0.0 < result["epsilon_spent"] < result["epsilon"]
     assert result["evaluation"] == "public-benchmark"
-    assert (result["unit"], result["mode"], result["accountant"], result["colluders"]) == ("patient", "local", "rdp", 1)
+    assert (result["unit"], result["mode"], result["accountant"], result["colluders"]) == ("patient", "local", "pld", 1)
     assert 0.0 <= result["overhead_s_per_round"] <= result["seconds_per_round"]
     assert result["upload_bytes_per_round"] > 31 * 4
     assert set(result["per_hospital"]) == {"hospital-1", "hospital-2", "hospital-3"}
@@ -122,6 +124,12 @@ def test_run_leaves_the_study_of_its_model(finished):
     assert stated["study_sha256"] == study.hash().hex()
     assert stated["epsilon"] == finished.result.epsilon
     assert stated["attempts_used"] == 3
+
+
+def test_run_with_seeded_randomness_is_not_verified(finished):
+    """Everything is signed and true but for the one thing that its stamp takes back."""
+    checks = verify(system_seams().files, finished.folder, None)["checks"]
+    assert [check["check"] for check in checks if not check["holds"]] == ["kind"]
 
 
 def test_run_report_shows_its_plots_and_figures(finished):
@@ -194,6 +202,9 @@ def test_run_without_noise_is_stamped_everywhere(quick_folder, capsys):
     stated = json.loads((out / "privacy.json").read_text())
     assert stated["epsilon"] is stated["epsilon_own_noise_alone"] is stated["noise_multiplier"] is None
     assert stated["holds_against"] == "nobody"
+    assert stated["hospitals"] == []
+    assert "NOT PRIVATE: no noise" in (out / "privacy.md").read_text()
+    assert not verify(system_seams().files, out, None)["verified"]
     assert "NOT PRIVATE: no noise" in stated["stamps"]
     assert "NOT PRIVATE: no noise" in (out / "report.md").read_text()
     assert (out / "study.toml").read_text().startswith("# simulation")
@@ -303,11 +314,11 @@ def test_evaluate_reproduces_the_first_split(finished, capsys):
 
 
 def test_evaluate_of_another_model_says_that_it_is_not_the_same(finished, copy, quick_folder):
-    """The control: the other model is that of the second split, which has the same shape."""
+    """The control: the other model has the same shape and says the opposite."""
     from medfed.models import catalogue, parameters
 
-    other = finished.outcomes[1]
-    model_file = parameters.to_safetensors(catalogue.build(other.assignment.study), other.weights)
+    first = finished.outcomes[0]
+    model_file = parameters.to_safetensors(catalogue.build(first.assignment.study), -first.weights)
     (copy / "model.safetensors").write_bytes(model_file)
     assert not evaluate_run(copy, system_seams()).as_recorded
 

@@ -61,7 +61,7 @@ def test_private_statistics_leave_a_model_that_stands_alone(quick_folder: Path, 
     plan, study = done.assignment.plan, done.assignment.study
     assert (plan.statistics_words, plan.words, plan.ring_words) == (61, 31, 61)
     assert 7.9 < plan.epsilon <= 8.0
-    assert plan.mechanism.beforehand is not None
+    assert plan.mechanism.once
     assert [record.round for record in done.checkpoint.records] == list(range(1, 8))
     assert len({record.upload_bytes for record in done.checkpoint.records}) == 1
     held = {

@@ -1,0 +1,1 @@
+"""Attacks and statistical audits on the code that hospitals run: would a broken promise be noticed?"""
