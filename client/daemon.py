@@ -89,6 +89,7 @@ def open_hospital(
                     stop,
                     local_update=local_update,
                     step=step,
+                    is_time=site.config.policy.is_within_hours,
                 )
             )
         yield Hospital(identity, parts)

@@ -33,6 +33,7 @@ class Cost(TypedDict):
     spare_attempts: int
     local_steps: int
     statistics_attempts: int
+    metrics_attempts: int
     max_epsilon_study: float
 
 
@@ -111,6 +112,7 @@ def cost(study: Study, plan: Plan, caps: Caps) -> Cost:
         spare_attempts=study.training.spare_attempts,
         local_steps=plan.events_per_attempt,
         statistics_attempts=0 if study.statistics is None else study.statistics.attempts,
+        metrics_attempts=0 if study.metrics is None else study.metrics.attempts,
         max_epsilon_study=caps.max_epsilon_study,
     )
 
@@ -228,7 +230,7 @@ def _column(feature: Feature) -> str:
 
 def in_words(asked: Card) -> list[str]:
     """The card as lines for a terminal; every text that came with the study is escaped and marked."""
-    return [*_what(asked), "", *_cost(asked), "", *_who(asked), "", *_leaves(asked["leaves"])]
+    return [*_what(asked), "", *_cost(asked), "", *_who(asked), "", *_leaves(asked)]
 
 
 def _what(asked: Card) -> Iterator[str]:
@@ -263,6 +265,11 @@ def _cost(asked: Card) -> Iterator[str]:
         yield (
             f"  that counts {price['statistics_attempts']} noised sums over all your training patients before round 1: mean and "
             "scale of the numbers above"
+        )
+    if price["metrics_attempts"]:
+        yield (
+            f"  the {asked['holdout_patients']} patients set aside are in {price['metrics_attempts']} noised counts after the "
+            "last round and in nothing else: epsilon is that of whoever pays more"
         )
     if price["local_steps"] > 1:
         yield f"  that counts {price['local_steps']} private steps here in every round; only what they come to leaves"
@@ -306,14 +313,16 @@ def _who(asked: Card) -> Iterator[str]:
     yield f"  coordinator: {asked['coordinator']} ({mark})"
 
 
-def _leaves(leaves: Leaving) -> Iterator[str]:
+def _leaves(asked: Card) -> Iterator[str]:
+    leaves, has_metrics = asked["leaves"], asked["cost"]["metrics_attempts"] > 0
     yield "What leaves this hospital:"
     yield (
         f"  each attempt one masked, noised vector of {leaves['values']} numbers: {leaves['upload_bytes_per_round']} bytes, "
         "the same length whatever your data"
     )
     yield f"  each session one public key offer of {leaves['key_offer_bytes']} bytes, and signed acknowledgements or refusals"
-    yield "  nothing else: no records, no counts, no metrics, no names"
+    counts = "no counts but the noised ones of patients set aside" if has_metrics else "no counts, no metrics"
+    yield f"  nothing else: no records, {counts}, no names"
 
 
 def _figure(epsilon: float) -> str:

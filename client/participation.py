@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -67,9 +68,11 @@ class Participation:
         *,
         local_update: LocalUpdate = private_update,
         step: Advance = advance,
+        is_time: Callable[[float], bool] = lambda _: True,
     ) -> None:
         """``stop``: ends a wait for a slot early; the reply is then not sent, but lies in the outbox.
 
+        ``is_time``: whether the hospital takes part at a wall time; else it asks to be asked later, with nothing spent.
         ``noise``, ``local_update`` and ``step`` (the server step) are arguments for simulations' sake.
         """
         self.approved = approved
@@ -82,6 +85,7 @@ class Participation:
         self._noise = noise
         self._local_update = local_update
         self._stop = stop
+        self._is_time = is_time
         self._session = b""
         self._offer_reply = b""
         self._heads = HeadsOfSession(())
@@ -170,6 +174,8 @@ class Participation:
     def _check_open(self) -> None:
         if not self.is_open:
             raise Refuse(Refused.NOT_APPROVED, "the study is closed or withdrawn here")
+        if not self._is_time(self._seams.clock.wall()):
+            raise Refuse(Refused.OUT_OF_HOURS, "outside the policy's hours")
 
     # --- a round ---------------------------------------------------------------------------------------------------
 

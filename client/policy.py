@@ -6,6 +6,7 @@ default: a hospital that has not decided does not take part.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -22,6 +23,7 @@ from medfed.toml_files import StrictModel, load
 Text = Annotated[str, Field(min_length=1, max_length=256)]
 PathText = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]+$")]
 Host = r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\])"
+_TIME = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
 Epsilon = Annotated[float, Field(gt=0, le=1000)]
 MIN_HOSPITALS = 3
 
@@ -102,7 +104,7 @@ class ComputeSection(StrictModel):
 
 
 class Policy(StrictModel):
-    """The bounds, every one of which must be set, and the gate: a study passes ``admit`` or is refused by name."""
+    """The bounds, every one of which but ``hours`` must be set, and the gate: a study passes ``admit`` or is refused by name."""
 
     max_epsilon_study: Annotated[Epsilon, Field(description="most a study may cost one patient, at its own delta")]
     max_epsilon_lifetime: Annotated[Epsilon, Field(description="most all studies together may cost one patient")]
@@ -119,6 +121,18 @@ class Policy(StrictModel):
     max_sampling_rate: Annotated[float, Field(gt=0, le=1)]
     max_attempts: Annotated[int, Field(ge=1, le=110_000)]
     max_records_per_patient: Annotated[int, Field(ge=1, le=10_000)]
+
+    hours: Annotated[str, Field(pattern=rf"^{_TIME}-{_TIME}$", description='"20:00-06:00"')] | None = None
+
+    def is_within_hours(self, wall_s: float) -> bool:
+        """Whether this hospital takes part at this time, seconds since 1970: local time, the first minute in, the last out;
+        always without ``hours``. A span may go over midnight."""
+        if self.hours is None:
+            return True
+        now = time.localtime(wall_s)
+        minute = now.tm_hour * 60 + now.tm_min
+        start, end = (int(each[:2]) * 60 + int(each[3:]) for each in self.hours.split("-"))
+        return start <= minute < end if start < end else minute >= start or minute < end
 
     @model_validator(mode="after")
     def _consistent(self) -> Policy:

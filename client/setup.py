@@ -120,6 +120,7 @@ models = {_models()}
 max_sampling_rate = 1.0              # largest chance of a patient to be in a step
 max_attempts = 10000                 # most rounds and spare attempts of a study
 max_records_per_patient = 1000       # largest cap a study may ask for
+# hours = "20:00-06:00"              # takes part at these times only (local time); without it always
 
 # [compute]                          # for images, series and texts; tables stay on the processor
 # device = "auto"                    # a CUDA GPU where it is usable, else the processor; or "cpu", "cuda", "cuda:1"

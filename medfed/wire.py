@@ -52,6 +52,7 @@ class Refused(IntEnum):
     LEDGER_BEHIND = 11  # this hospital's ledger is older than others saw it, or a second copy: it is locked
     HEADS_MISSING = 12  # heads of ledgers that this hospital told are not relayed, or did not grow with the rounds
     STATEMENT = 13  # the privacy statement is not the one this hospital works out
+    OUT_OF_HOURS = 14  # this hospital takes part at other times of the day: ask again later
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -1125,3 +1126,28 @@ def test_sealed_reply_is_on_disk_before_the_slot_is_waited_for(make_world) -> No
     world.start(0)
     assert isinstance(desk.ask(0, request), Upload)
     assert world.charged(0) == 1
+
+
+def test_outside_its_hours_a_hospital_asks_to_be_asked_later_and_spends_nothing(world) -> None:
+    """By its own clock, in setup and in a round; within them it goes on."""
+    world.start_all()
+    desk = Desk(world)
+    desk.set_up()
+    part = world.hospitals[0].participations[0]
+    part._is_time = lambda wall_s: False
+    refused(desk.ask(0, desk.setup(b"another session!")), Refused.OUT_OF_HOURS)
+    refused(desk.ask(0, desk.request()), Refused.OUT_OF_HOURS)
+    assert world.charged(0) == 0
+    part._is_time = lambda wall_s: True
+    assert isinstance(desk.ask(0, desk.request()), Upload)
+
+
+def test_hours_of_the_policy_hold_at_the_hospital(world) -> None:
+    config = world.site(0).folder / "hospital.toml"
+    now = time.localtime(world.clock.wall())
+    hour = (now.tm_hour + 2) % 24
+    config.write_text(config.read_text().replace("[policy]", f'[policy]\nhours = "{hour:02}:00-{hour:02}:30"'))
+    world.start_all()
+    desk = Desk(world)
+    refused(desk.ask(0, desk.setup(bytes(16))), Refused.OUT_OF_HOURS)
+    assert isinstance(desk.ask(1, desk.setup(bytes(16))), OfferReply)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def test_good_file_is_read(tmp_path: Path) -> None:
 
 def test_no_bound_has_a_default() -> None:
     keys = [line.split(" =")[0] for line in GOOD[GOOD.index("[policy]") :].splitlines() if "=" in line]
-    assert set(keys) == set(Policy.model_fields)
+    assert set(keys) == set(Policy.model_fields) - {"hours"}
     for key in keys:
         lines = [line for line in GOOD.splitlines() if not line.startswith(f"{key} =")]
         with pytest.raises(ConfigError, match=rf"policy\.{key} is missing") as caught:
@@ -189,6 +190,7 @@ def test_study_at_every_bound_is_admitted() -> None:
         ("rounds = 40", "rounds = 41", 132),
         ('mode = "local"', 'mode = "distributed"', 134),
         ('unit = "patient"', 'unit = "record"', 134),
+        ("hospitals = 4\ncolluders = 1", "hospitals = 4\ncolluders = 2", 141),
         ("max_records_per_patient = 10", "max_records_per_patient = 11", 134),
         ("hospitals = 4", "hospitals = 3", 140),
     ],
@@ -213,6 +215,29 @@ def test_record_level_needs_both_the_study_and_the_hospital() -> None:
     three = Records(np.zeros((3, 1), np.float32), np.zeros(3, np.int64), ("a", "a", "b"))
     assert number_patients(study(), three).count == 2
     assert number_patients(by_record, three).count == 3
+
+
+@pytest.mark.parametrize(
+    ("hours", "inside", "outside"),
+    [
+        ("08:00-18:30", ["08:00", "18:29"], ["07:59", "18:30", "00:00"]),
+        ("20:00-06:00", ["20:00", "00:00", "05:59"], ["06:00", "19:59"]),
+    ],
+)
+def test_hours_are_local_and_may_go_over_midnight(hours: str, inside: list[str], outside: list[str]) -> None:
+    bounds = policy().model_copy(update={"hours": hours})
+    for text in inside + outside:
+        hour, minute = map(int, text.split(":"))
+        wall = time.mktime((2026, 6, 15, hour, minute, 30, 0, 0, -1))
+        assert bounds.is_within_hours(wall) is (text in inside), text
+        assert policy().is_within_hours(wall)
+
+
+@pytest.mark.parametrize("hours", ["8-18", "24:00-06:00", "08:00", "08:00-18:60"])
+def test_hours_in_another_form_are_refused(hours: str) -> None:
+    text = GOOD.replace("[policy]", f'[policy]\nhours = "{hours}"')
+    with pytest.raises(ConfigError, match=r"policy\.hours"):
+        parse(text.encode(), "hospital.toml", HospitalConfig)
 
 
 def test_study_that_allows_for_too_few_colluders_is_refused() -> None:
@@ -247,6 +272,23 @@ def test_values_that_a_study_file_cannot_hold_are_refused_all_the_same(
     with pytest.raises(MedfedError) as caught:
         policy().admit(whole.model_copy(update={part: section}))
     assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("narrowed", "code"),
+    [
+        ({"tasks": ["multiclass"]}, 134),
+        ({"models": ["mlp", "cnn"]}, 134),
+        ({"max_sampling_rate": 0.5}, 132),
+        ({"min_honest": 4}, 141),
+    ],
+)
+def test_narrowed_policy_refuses_what_it_allowed_before(narrowed: dict[str, object], code: int) -> None:
+    policy().admit(study())
+    with pytest.raises(PrivacyError) as caught:
+        policy().model_copy(update=narrowed).admit(study())
+    assert caught.value.code == code
+    assert next(iter(narrowed)) in caught.value.remedy
 
 
 def _floor_off(bounds: Policy) -> Policy:
