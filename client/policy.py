@@ -6,7 +6,7 @@ default: a hospital that has not decided does not take part.
 
 from __future__ import annotations
 
-import time
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -129,8 +129,8 @@ class Policy(StrictModel):
         always without ``hours``. A span may go over midnight."""
         if self.hours is None:
             return True
-        now = time.localtime(wall_s)
-        minute = now.tm_hour * 60 + now.tm_min
+        now = datetime.fromtimestamp(wall_s)
+        minute = now.hour * 60 + now.minute
         start, end = (int(each[:2]) * 60 + int(each[3:]) for each in self.hours.split("-"))
         return start <= minute < end if start < end else minute >= start or minute < end
 

@@ -103,7 +103,7 @@ EXIT_STATUS: dict[int, tuple[ExitStatus, str]] = {
     403: (_I, "ledger row altered"),
     404: (_I, "ledger chain broken"),
     405: (_I, "ledger older than others saw it, or a second copy: locked until the newest one is restored"),
-    406: (_I, "ledger written by a newer version"),
+    406: (_I, "ledger written by another version"),
     501: (_B, "epsilon would exceed the hospital's cap"),
     502: (_B, "the study's attempts are used up"),
     601: (_E, "ledger volume not safe"),

@@ -91,10 +91,14 @@ class _AnyBegunBody(BaseModel):
 
 
 def check_format(first_body: str) -> None:
-    """A newer medfed may have added keys and tables: its number is read before anything else is judged."""
+    """Another medfed may have other keys and tables: its number is read before anything else is judged.
+
+    A ledger is never rewritten, so the rows of an earlier format have no way into this one.
+    """
     try:
         begun = _AnyBegunBody.model_validate_json(first_body)
     except ValidationError as error:
         raise altered(1) from error
-    if begun.format > FORMAT:
-        raise PrivacyError(406, f"ledger has format {begun.format}, this medfed knows {FORMAT}", "upgrade medfed")
+    if begun.format != FORMAT:
+        remedy = "upgrade medfed" if begun.format > FORMAT else "finish its studies with the medfed that wrote it"
+        raise PrivacyError(406, f"ledger has format {begun.format}, this medfed knows {FORMAT}", remedy)

@@ -19,7 +19,7 @@ from medfed.identity import Identity
 from medfed.wire import enc
 from medfed.witness import Head, signed_bytes
 
-FORMAT = 1
+FORMAT = 2
 HASH_BYTES = 32
 NO_HASH = bytes(HASH_BYTES)
 

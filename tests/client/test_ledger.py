@@ -768,8 +768,9 @@ def test_truncated_file_is_refused(tmp_path: Path) -> None:
                 way(FILES, path, IDENTITY)
 
 
-def test_ledger_of_a_newer_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger_store, "FORMAT", 2)
+@pytest.mark.parametrize("written", [ledger_store.FORMAT - 1, ledger_store.FORMAT + 1])
+def test_ledger_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int) -> None:
+    monkeypatch.setattr(ledger_store, "FORMAT", written)
     spent_ledger(tmp_path)
     monkeypatch.undo()
     tamper(path_in(tmp_path), "ALTER TABLE patients ADD COLUMN more TEXT")
