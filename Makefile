@@ -10,7 +10,7 @@ MEDFED_DATA ?= $(wildcard $(CURDIR)/../shared/data)
 export MEDFED_DATA
 COHORT ?= breast-cancer
 
-.PHONY: install demo test soak federation lint types bench docs clean
+.PHONY: install demo test soak federation lint types bench bench-peers docs clean
 
 install: $(VENV)/.installed
 
@@ -58,6 +58,11 @@ bench: install
 	$(BIN)/python -m medfed.simulations.benchmarks federation --json
 	$(BIN)/python -m medfed.simulations.benchmarks simulation --json
 	$(BIN)/python -m medfed.simulations.benchmarks ledger --json
+	$(BIN)/python -m medfed.simulations.benchmarks secagg --json
+
+# what the benchmark of secure aggregation compares with: Flower's SecAgg+ is in Flower, which is installed; CKKS is TenSEAL's
+bench-peers: install
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt tenseal==0.3.18
 
 clean:
 	rm -rf $(VENV) .typing build dist

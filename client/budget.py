@@ -9,6 +9,7 @@ from typing import TypedDict
 from medfed.client.ledger import Caps, Entry, LedgerView
 from medfed.display import shown
 from medfed.errors import PrivacyError
+from medfed.privacy.page import rounded_down, rounded_up
 
 
 class StudyBudget(TypedDict):
@@ -110,16 +111,16 @@ def budget_in_words(spent: Budget) -> Iterator[str]:
     for study in spent["studies"]:
         yield (
             f"{shown(study['study'])} ({study['study_sha256'][:12]}, {study['state']}): spent "
-            f"{study['epsilon_spent']:.4g} of {study['epsilon_reserved']:.4g} reserved (delta {study['delta']:g}, by "
-            f"{study['accountant'].upper()}; by RDP {study['epsilon_rdp']:.4g}), "
+            f"{rounded_up(study['epsilon_spent'])} of {rounded_up(study['epsilon_reserved'])} reserved (delta "
+            f"{study['delta']:g}, by {study['accountant'].upper()}; by RDP {rounded_up(study['epsilon_rdp'])}), "
             f"{study['attempts_used']} attempts used, {study['attempts_left']} left"
         )
     for account in spent["accounts"]:
         names = ", ".join(study[:12] for study in account["studies"])
         yield (
-            f"Patients of {names}: spent {account['epsilon_spent']:.4g}, reserved {account['epsilon_reserved']:.4g}, "
-            f"left for other studies {account['epsilon_left']:.4g}; the privacy filter counts {account['epsilon_filter']:.4g} "
-            f"against the cap {spent['max_epsilon_lifetime']:g}"
+            f"Patients of {names}: spent {rounded_up(account['epsilon_spent'])}, reserved "
+            f"{rounded_up(account['epsilon_reserved'])}, left for other studies {rounded_down(account['epsilon_left'])}; the "
+            f"privacy filter counts {rounded_up(account['epsilon_filter'])} against the cap {spent['max_epsilon_lifetime']:g}"
         )
 
 
@@ -136,7 +137,7 @@ def _row(entry: Entry, names: dict[bytes, str]) -> Row:
         kind=entry.kind.value,
         study=names.get(entry.study),
         study_sha256=entry.study.hex() if has_study else None,
-        attempt=entry.attempt or None,
+        attempt=entry.attempt if entry.attempt > 0 else None,
         body=json.loads(entry.body),
         sha256=entry.hash.hex(),
     )
@@ -157,7 +158,7 @@ def row_in_words(row: Row) -> str:
         )
     if isinstance(body, dict) and "study_after_micro" in body:
         parts.append(
-            f"epsilon {body['study_after_micro'] / 1e6:.6f}, lifetime {body['lifetime_after_micro'] / 1e6:.6f}, "
+            f"epsilon at most {body['study_after_micro'] / 1e6:.6f}, lifetime {body['lifetime_after_micro'] / 1e6:.6f}, "
             f"filter {body['filter_after_micro'] / 1e6:.6f}"
         )
     if isinstance(body, dict) and "reason" in body:

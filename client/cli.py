@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,12 +21,15 @@ from medfed.command import (
 )
 from medfed.errors import ConfigError, ExitStatus, PrivacyError
 from medfed.process import keep_secrets
+from medfed.wording import counted
 
 if TYPE_CHECKING:
-    from medfed.client.ledger import LedgerView
+    from medfed.client.joining import RosterReview
+    from medfed.client.ledger import Ledger, LedgerView
     from medfed.client.site import Site
 
 CONFIG = Path("hospital.toml")
+_PATIENTS = "declared patients who train, public: a round number near the true one, held-out ones not counted"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,9 +48,14 @@ def build_parser() -> Parser:
     )
     _add_init(commands)
     enrolment = commands.add_parser("enrolment", help="write the enrolment document anew")
-    enrolment.add_argument("--patients", type=int, required=True, metavar="N", help="declared patients, public")
+    enrolment.add_argument("--patients", type=int, required=True, metavar="N", help=_PATIENTS)
     _add_config(enrolment, _enrolment)
-    approve = commands.add_parser("approve", help="read what a study asks, and agree to it")
+    approve = commands.add_parser(
+        "approve",
+        help="read what a study asks, and agree to it",
+        description="Once more for a study that is approved: hospitals joined (roster.json has grown at its end), or --peers "
+        "confirms more of them. That is shown and asked alone; the study's cost stays what it is.",
+    )
     approve.add_argument("study", type=Path, help="study.toml, with roster and first model beside it")
     approve.add_argument(
         "--peers",
@@ -127,7 +135,7 @@ def _add_init(commands: argparse._SubParsersAction[Parser]) -> None:
         ("--ca", Path, "FILE", "certificate of the coordinator's authority (ca.crt)"),
         ("--data", Path, "FILE", "records, one row each (CSV)"),
         ("--patient-column", str, "COL", "the column that tells whose record it is"),
-        ("--patients", int, "N", "declared patients, public: a round number near the true one"),
+        ("--patients", int, "N", _PATIENTS),
         ("--max-epsilon-study", float, "E", "most that one study may cost a patient"),
         ("--max-epsilon-lifetime", float, "E", "most that all studies together may cost a patient"),
         ("--lifetime-delta", float, "D", "delta of the lifetime cap"),
@@ -225,7 +233,8 @@ def _enrolment(arguments: argparse.Namespace) -> int:
     from medfed.client.setup import renew_enrolment
 
     document = renew_enrolment(_site(arguments), arguments.patients)
-    say(f"enrolment.json declares {document.nominal_patients} patients. Fingerprint: {document.fingerprint}")
+    declared = counted(document.nominal_patients, "patient")
+    say(f"enrolment.json declares {declared} who train. Fingerprint: {document.fingerprint}")
     say("Send it to the coordinator and the other hospitals; running studies keep the old one.")
     return ExitStatus.HANDLED
 
@@ -233,20 +242,21 @@ def _enrolment(arguments: argparse.Namespace) -> int:
 def _approve(arguments: argparse.Namespace) -> int:
     from medfed.client.approval import approve, caps_of, preview, review
     from medfed.client.explain import card, in_words
+    from medfed.client.joining import review_roster
     from medfed.client.ledger import Ledger
+    from medfed.study import load_study
 
     site = _site(arguments)
-    reviewed = review(site, arguments.study, arguments.peers)
     with Ledger.open(site.seams.files, site.ledger_path, site.identity()) as ledger:
+        changed = review_roster(site, arguments.study, arguments.peers, ledger)
+        if changed is not None:
+            return _approve_roster(arguments, site, changed, ledger)
+        standing = ledger.standing(load_study(site.seams.files, arguments.study).hash())
+        reviewed = review(site, arguments.study, arguments.peers, standing)
         outlook = preview(site, reviewed, ledger)
         is_confirmed = site.config.coordinator.identity is not None
         asked = card(reviewed, outlook, caps_of(site), coordinator_confirmed=is_confirmed)
-        if not arguments.json:
-            say_lines(in_words(asked))
-        elif not arguments.yes:
-            sys.stderr.write("\n".join(in_words(asked)) + "\n")
-        if not confirm("Approve this study?", assume_yes=arguments.yes):
-            raise PrivacyError(123, "not approved, nothing was written", "approve it when you are sure")
+        _ask(arguments, in_words(asked), "Approve this study?")
         approve(site, reviewed, ledger)
     if arguments.json:
         say_json({**asked, "approved": True})
@@ -254,6 +264,30 @@ def _approve(arguments: argparse.Namespace) -> int:
         say("")
         say(f"Approved: {reviewed.study.hash().hex()}. Start, or start again: medfed-client run")
     return ExitStatus.HANDLED
+
+
+def _approve_roster(arguments: argparse.Namespace, site: Site, changed: RosterReview, ledger: Ledger) -> int:
+    from medfed.client.joining import approve_roster, card, in_words
+
+    asked = card(changed)
+    _ask(arguments, in_words(asked), "Go on with this roster?")
+    approve_roster(site, changed, ledger)
+    if arguments.json:
+        say_json({**asked, "approved": True})
+    else:
+        say("")
+        say(f"Approved: roster {changed.roster.hash().hex()}. Start, or start again: medfed-client run")
+    return ExitStatus.HANDLED
+
+
+def _ask(arguments: argparse.Namespace, lines: Iterable[str], question: str) -> None:
+    """Show the card, and wait for a yes. MF-123 without one."""
+    if not arguments.json:
+        say_lines(lines)
+    elif not arguments.yes:
+        sys.stderr.write("\n".join(lines) + "\n")
+    if not confirm(question, assume_yes=arguments.yes):
+        raise PrivacyError(123, "not approved, nothing was written", "approve it when you are sure")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -299,7 +333,12 @@ def _ledger(arguments: argparse.Namespace) -> int:
                 "head_sha256": seen.head.hash.hex(),
                 "head_signature": seen.head.signature.hex(),
             }
-            line = f"The ledger verifies: {seen.entries} rows, {seen.studies} studies, {seen.attempts} attempts. "
+            said = (
+                counted(seen.entries, "row"),
+                counted(seen.studies, "study", "studies"),
+                counted(seen.attempts, "attempt"),
+            )
+            line = f"The ledger verifies: {', '.join(said)}. "
             report(arguments.json, result, [line + f"Head {seen.head.hash.hex()}"])
         else:
             every = rows(ledger)
@@ -333,6 +372,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     from medfed.seams import system_seams
 
     files = system_seams().files
+    if not arguments.run.is_dir():
+        what = "is a file" if arguments.run.exists() else "is not there"
+        raise ConfigError(100, f"{arguments.run.name} {what}", "name a run's folder: it holds privacy.json")
     site = _site(arguments) if arguments.config != CONFIG or files.exists(CONFIG) else None
     found = verify(files, arguments.run, site)
     report(arguments.json, found, in_words(found))
@@ -348,7 +390,7 @@ def _withdraw(arguments: argparse.Namespace) -> int:
     with Ledger.open(site.seams.files, site.ledger_path, site.identity()) as ledger:
         study = find_study(ledger, arguments.study)
         known = ledger.approved(study)
-        say(f"{known.approval.name} ({study.hex()[:12]}): {known.events} attempts are spent and stay spent.")
+        say(f"{known.approval.name} ({study.hex()[:12]}): spent and stays spent: {counted(known.events, 'attempt')}.")
         if not confirm("Withdraw from it, for good?", assume_yes=arguments.yes):
             raise ConfigError(100, "not withdrawn, nothing was written", "answer yes, or pass --yes")
         ledger.withdraw(study, "withdrawn by this hospital")

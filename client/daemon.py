@@ -22,7 +22,7 @@ from medfed.client.ledger import Ledger, StudyState
 from medfed.client.local_steps import LocalUpdate, Noise, private_update
 from medfed.client.model_keeper import Advance
 from medfed.client.participation import Participation
-from medfed.client.policy import ComputeSection
+from medfed.client.policy import ComputeSection, hours_in_words
 from medfed.client.setup import open_site
 from medfed.client.site import Site
 from medfed.client.startup_checks import check_outbox
@@ -139,13 +139,17 @@ def run_hospital(
 
 
 def _say_studies(site: Site, hospital: Hospital) -> None:
-    """Raises MF-123 if there are none."""
+    """And the hours if it is not time. Raises MF-123 if there are none."""
     if not hospital.studies:
         raise PrivacyError(123, "this hospital has approved no study", "medfed-client approve study.toml --peers ...")
     if hospital.open_studies:
         log.info("%s takes part in: %s", site.config.hospital.name, ", ".join(hospital.open_studies))
     else:
         log.info("%s has no open study: it only repeats its last word of finished ones", site.config.hospital.name)
+    policy = site.config.policy
+    if policy.hours is not None:
+        told = hours_in_words(policy.hours, policy.next_opening(site.seams.clock.wall()))
+        log.info("takes part within the hours of hospital.toml: %s", told)
 
 
 def serve_bridge(path: Path, hospital: Hospital, clock: Clock, stop: threading.Event, connection: Connection) -> None:

@@ -12,15 +12,19 @@ from medfed.data_contract import DataContract, Feature, NumericFeature, Series, 
 from medfed.display import block, shown
 from medfed.model_choice import described
 from medfed.privacy.plan import Plan
-from medfed.privacy.secagg.protocol import OFFER_BYTES, AggregatorConfig
+from medfed.privacy.secagg.messages import OFFER_BYTES
+from medfed.privacy.secagg.protocol import AggregatorConfig
 from medfed.privacy.statement import NOT_CLAIMED, holds_against
 from medfed.study import Study
-from medfed.wire import upload_size_bytes
+from medfed.wire import release_size_bytes, upload_size_bytes
+from medfed.wording import asked_attempts, counted
 
 
 class Cost(TypedDict):
     """Epsilons of one study, upper bounds, at ``delta``. ``epsilon`` counts all attempts: that is what is reserved; the smaller
-    of ``epsilon_rdp`` and ``epsilon_pld`` (null where that bound has none), as ``accountant`` says."""
+    of ``epsilon_rdp`` and ``epsilon_pld`` (null where that bound has none), as ``accountant`` says. ``epsilon_without_spares``:
+    of a patient who trains; ``metrics_epsilon``: of one held out for the metrics, in full from the first attempt on, null
+    without."""
 
     epsilon: float
     epsilon_rdp: float
@@ -34,6 +38,7 @@ class Cost(TypedDict):
     local_steps: int
     statistics_attempts: int
     metrics_attempts: int
+    metrics_epsilon: float | None
     max_epsilon_study: float
 
 
@@ -59,15 +64,20 @@ class Participant(TypedDict):
 
 
 class Leaving(TypedDict):
-    """Bytes on the wire, the same for every hospital; ``values``: numbers in one masked vector."""
+    """Bytes on the wire, the same for every hospital; ``values``: numbers in one masked vector. ``release_bytes_per_round``: what
+    opens the sum, once uploads are in; 0 where nothing is ever opened."""
 
     key_offer_bytes: int
     upload_bytes_per_round: int
+    release_bytes_per_round: int
     values: int
 
 
 class Card(TypedDict):
-    """Everything the decision rests on. Texts are as the study has them: ``in_words`` makes them safe to show."""
+    """Everything the decision rests on. Texts are as the study has them: ``in_words`` makes them safe to show.
+
+    ``studies_in_common``: other studies of this ledger on these patients' account; ``studies_apart``: those on none of them.
+    """
 
     study: str
     study_sha256: str
@@ -90,8 +100,12 @@ class Card(TypedDict):
     not_claimed: str
     cost: Cost
     lifetime: Lifetime
+    studies_in_common: int
+    studies_apart: int
     hospitals: list[Participant]
     colluders: int
+    fewest_survivors: int
+    most_hospitals: int
     coordinator: str
     coordinator_confirmed: bool
     leaves: Leaving
@@ -104,8 +118,8 @@ def cost(study: Study, plan: Plan, caps: Caps) -> Cost:
         epsilon_rdp=plan.bounds.rdp,
         epsilon_pld=plan.bounds.pld,
         accountant=plan.bounds.accountant,
-        # whatever else a study has is paid for with the first attempt
-        epsilon_without_spares=plan.epsilon_after(study.training.rounds),
+        # statistics are paid for with the first attempt
+        epsilon_without_spares=plan.trained_epsilon_after(study.training.rounds),
         epsilon_own_noise_alone=plan.own_epsilon,
         delta=plan.delta,
         rounds=study.training.rounds,
@@ -113,6 +127,7 @@ def cost(study: Study, plan: Plan, caps: Caps) -> Cost:
         local_steps=plan.events_per_attempt,
         statistics_attempts=0 if study.statistics is None else study.statistics.attempts,
         metrics_attempts=0 if study.metrics is None else study.metrics.attempts,
+        metrics_epsilon=plan.metrics_epsilon,
         max_epsilon_study=caps.max_epsilon_study,
     )
 
@@ -148,8 +163,12 @@ def card(reviewed: Review, outlook: ApprovalOutlook, caps: Caps, *, coordinator_
             cap=caps.max_epsilon_lifetime,
             delta=caps.lifetime_delta,
         ),
+        studies_in_common=len(outlook.account),
+        studies_apart=outlook.apart,
         hospitals=_participants(reviewed),
         colluders=study.cohort.colluders,
+        fewest_survivors=study.cohort.fewest_survivors,
+        most_hospitals=study.cohort.most_hospitals,
         coordinator=coordinator_fingerprint(reviewed.roster),
         coordinator_confirmed=coordinator_confirmed,
         leaves=_leaving(reviewed),
@@ -171,11 +190,12 @@ def _participants(reviewed: Review) -> list[Participant]:
 
 def _leaving(reviewed: Review) -> Leaving:
     study, roster, words = reviewed.study, reviewed.roster, reviewed.plan.ring_words
-    session = AggregatorConfig(
-        study.hash(), roster.hash(), roster.identities, study.cohort.colluders, words, reviewed.plan.ring_bits
+    cohort = AggregatorConfig.of(study, roster, words).everybody
+    release = 0 if cohort.is_strict else release_size_bytes(cohort.release_bytes)
+    upload = upload_size_bytes(cohort.upload_bytes)
+    return Leaving(
+        key_offer_bytes=OFFER_BYTES, upload_bytes_per_round=upload, release_bytes_per_round=release, values=words
     )
-    upload = upload_size_bytes(session.upload_bytes)
-    return Leaving(key_offer_bytes=OFFER_BYTES, upload_bytes_per_round=upload, values=words)
 
 
 def _columns(data: DataContract) -> Iterator[str]:
@@ -246,7 +266,7 @@ def _what(asked: Card) -> Iterator[str]:
         yield from textwrap.wrap(shown(paragraph), 100, initial_indent=first, subsequent_indent=later)
     yield f"  - {shown(asked['label'])}: what is predicted, one of {asked['classes']} classes"
     yield (
-        f"Your data fit: {asked['records']} records of {asked['patients']} patients, "
+        f"Your data fit: {counted(asked['records'], 'record')} of {counted(asked['patients'], 'patient')}, "
         f"{asked['holdout_patients']} of them set aside and never trained on."
     )
     yield f"It trains: {asked['model']}, {asked['parameters']} parameters."
@@ -256,20 +276,23 @@ def _cost(asked: Card) -> Iterator[str]:
     price, lifetime = asked["cost"], asked["lifetime"]
     yield f"What it costs each {asked['unit']} (delta {price['delta']:g}):"
     yield (
-        f"  epsilon {_figure(price['epsilon'])} for {price['rounds']} rounds and {price['spare_attempts']} spare attempts, "
-        f"{_figure(price['epsilon_without_spares'])} if no spare is needed; your cap for a study is "
-        f"{price['max_epsilon_study']:g}"
+        f"  epsilon {_figure(price['epsilon'])} for {attempts_in_words(price)}; {_figure(price['epsilon_without_spares'])} "
+        f"of one who trains if no spare is needed; your cap for a study is {price['max_epsilon_study']:g}"
     )
     yield f"  {bound_in_words(price)}"
     if price["statistics_attempts"]:
         yield (
-            f"  that counts {price['statistics_attempts']} noised sums over all your training patients before round 1: mean and "
-            "scale of the numbers above"
+            f"  that counts {counted(price['statistics_attempts'], 'noised sum')} over all your training patients before "
+            "round 1, charged in full with the first attempt: mean and scale of the numbers above"
         )
-    if price["metrics_attempts"]:
+    if price["metrics_epsilon"] is not None:
         yield (
-            f"  the {asked['holdout_patients']} patients set aside are in {price['metrics_attempts']} noised counts after the "
-            "last round and in nothing else: epsilon is that of whoever pays more"
+            f"  the {counted(asked['holdout_patients'], 'patient')} set aside: in noised counts after the last round, at most "
+            f"{counted(price['metrics_attempts'], 'attempt')}, and in nothing else"
+        )
+        yield (
+            f"  they pay {_figure(price['metrics_epsilon'])} for it, charged in full with the study's first attempt; the study's "
+            "epsilon is that of whoever pays more"
         )
     if price["local_steps"] > 1:
         yield f"  that counts {price['local_steps']} private steps here in every round; only what they come to leaves"
@@ -278,12 +301,29 @@ def _cost(asked: Card) -> Iterator[str]:
         f"(delta {lifetime['delta']:g}); the privacy filter counts {_figure(lifetime['filter_after'])} against your cap "
         f"{lifetime['cap']:g}"
     )
+    yield from _account(asked["studies_in_common"], asked["studies_apart"])
     yield f"  mode {asked['mode']}: holds against {asked['holds_against']}"
     if asked["mode"] == "distributed":
         yield (
             f"  your own noise alone, should the secure sum fail: epsilon {_figure(price['epsilon_own_noise_alone'])}"
         )
     yield f"  not claimed: {asked['not_claimed']}"
+
+
+def _account(in_common: int, apart: int) -> Iterator[str]:
+    """Whether the ledger knows these patients; if it knows others only, a person should wonder."""
+    if in_common:
+        yield f"  other studies in this ledger: {in_common} on these patients, counted above; {apart} on others"
+    elif apart:
+        yield f"  NO PATIENT IN COMMON with any of the other studies in this ledger ({apart}): is that so? The same people"
+        yield "  under new ids would begin a fresh budget, and medfed cannot tell"
+
+
+def attempts_in_words(price: Cost) -> str:
+    """What ``epsilon`` counts."""
+    return asked_attempts(
+        price["rounds"], price["spare_attempts"], price["statistics_attempts"], price["metrics_attempts"]
+    )
 
 
 def bound_in_words(price: Cost) -> str:
@@ -298,11 +338,16 @@ def bound_in_words(price: Cost) -> str:
 
 def _who(asked: Card) -> Iterator[str]:
     hospitals = asked["hospitals"]
-    yield f"Who takes part: {len(hospitals)} hospitals, of which {asked['colluders']} may conspire with the coordinator."
+    colluders = asked["colluders"]
+    yield f"Who takes part: {counted(len(hospitals), 'hospital')}, of which {colluders} may conspire with the coordinator."
     for entry in hospitals:
         mark = "this hospital" if entry["is_this_hospital"] else "confirmed" if entry["confirmed"] else "UNCONFIRMED"
         yield f"  {mark:13} {shown(entry['hospital'])}, {entry['declared_patients']} patients declared"
         yield f"  {'':13} {entry['fingerprint']}"
+    if asked["fewest_survivors"] < len(hospitals):
+        yield f"  a round can do without {len(hospitals) - asked['fewest_survivors']} of them"
+    if asked["most_hospitals"] > len(hospitals):
+        yield f"  more may join, up to {asked['most_hospitals']} in a sum; you are asked before any of them does"
     unconfirmed = sum(not entry["confirmed"] for entry in hospitals)
     if unconfirmed:
         yield (

@@ -37,6 +37,7 @@ class Hospital:
         """``on_lock`` is called whenever a request is refused because the ledger is locked."""
         self.on_lock: Callable[[], None] = lambda: None
         self._identity = identity
+        self._said = ""
         self._studies = {part.study_hash: part for part in participations}
         known = [part.approved for part in self._studies.values()]
         self._vector_limit = max((state_size_bytes(each.study, each.plan.words) for each in known), default=0)
@@ -66,28 +67,44 @@ class Hospital:
         """Names of those that are not finished."""
         return [part.approved.study.study.name for part in self._studies.values() if part.is_open]
 
-    def handle(self, frame: bytes) -> bytes:
-        """Check and answer one request."""
+    def read(self, frame: bytes) -> Message:
+        """A request, its signature not yet checked. Raises ``RemoteProtocolError``."""
         message = decode(frame, vector_limit_bytes=self._vector_limit)
         if not isinstance(message, FROM_COORDINATOR):
             raise RemoteProtocolError(104, "a request of a kind that hospitals do not take", "refused")
+        return message
+
+    def handle(self, frame: bytes) -> bytes:
+        """Check and answer one request."""
+        message = self.read(frame)
         part = self._studies.get(message.study_hash)
         if part is None:
-            log.warning("MF-123 asked for a study that is not approved here: run medfed-client approve")
+            self._say(logging.WARNING, "MF-123 asked for a study that is not approved here: run medfed-client approve")
             return self._refusal(message, Refused.NOT_APPROVED, NO_POSITION)
         check_signature(frame, bytes.fromhex(part.approved.roster.coordinator))
         if part.is_expired and not isinstance(message, Finish):
-            log.warning("MF-120 study %s expired", part.approved.study.study.name)
+            self._say(logging.WARNING, f"MF-120 study {part.approved.study.study.name} expired")
             return self._refusal(message, Refused.NOT_APPROVED, part.approved.position)
         try:
-            return part.answer(message)
+            reply = part.answer(message)
+            self._said = ""
+            return reply
         except Refuse as refusal:
             own_fault = refusal.reason in (Refused.INTERNAL, Refused.LEDGER_BEHIND)
             level = logging.WARNING if own_fault else logging.INFO
-            log.log(level, "refused %s: %s (%s)", type(message).__name__, refusal.reason.name, refusal.cause)
+            self._say(level, f"refused {type(message).__name__}: {refusal.reason.name} ({refusal.cause})")
             if refusal.reason is Refused.LEDGER_BEHIND:
                 self.on_lock()
             return self._refusal(message, refusal.reason, part.approved.position)
+
+    def refuse(self, message: Message, reason: Refused) -> bytes:
+        """The reply that says ``reason`` to a request about a study that is approved here."""
+        return self._refusal(message, reason, self._studies[message.study_hash].approved.position)
+
+    def _say(self, level: int, refused: str) -> None:
+        """Once in a row: a coordinator that waits asks again every few seconds."""
+        log.log(logging.DEBUG if refused == self._said else level, "%s", refused)
+        self._said = refused
 
     def _refusal(self, message: Message, reason: Refused, position: int) -> bytes:
         nonce = message.session if isinstance(message, SetupRequest) else getattr(message, "nonce", bytes(16))

@@ -18,7 +18,8 @@ from medfed.client.approved import Approved
 from medfed.client.noise_beside import drawn_beside
 from medfed.client.trainer import gradient_sum
 from medfed.errors import LocalProtocolError
-from medfed.privacy.quantize import BLOCK, dequantize, quantize
+from medfed.privacy.keystream import KEY_BYTES
+from medfed.privacy.quantize import dequantize, quantize, quantize_stochastic
 from medfed.seams import Entropy
 from medfed.study import LocalSteps
 
@@ -42,8 +43,7 @@ def noised_sum(approved: Approved, weights: NDArray[np.float32], entropy: Entrop
             sampling_key=sampling_key,
             compute=approved.compute,
         )
-        integers = quantize(total, plan.noise_exponent, plan.noise_limit)
-        del total  # of a big model as large as the noise
+        integers = quantize(total, plan.noise_exponent, plan.noise_limit, out=total.view(np.int64))
         integers += drawn.take()
     return integers
 
@@ -79,13 +79,12 @@ def local_steps(approved: Approved) -> LocalSteps:
     return local
 
 
-def weighted_words(approved: Approved, update: NDArray[np.float64]) -> NDArray[np.int64]:
+def weighted_words(approved: Approved, update: NDArray[np.float64], entropy: Entropy) -> NDArray[np.int64]:
     """The update times this hospital's share of all declared patients, on the ring's grid: int64[d]. The sum over the
-    hospitals is then the mean update."""
+    hospitals is then the mean update. Its noise is in it already, so that it may be rounded at random."""
     plan = approved.plan
-    share = approved.nominal_patients / approved.roster.nominal_patients
-    words = np.empty(update.size, np.int64)
-    for start in range(0, update.size, BLOCK):
-        part = slice(start, start + BLOCK)
-        words[part] = quantize(update[part] * share, plan.exponent, plan.limit)
-    return words
+    weighted = update * (approved.nominal_patients / approved.roster.patients_at_start(approved.study))
+    words = weighted.view(np.int64)  # the same memory
+    if approved.study.quantization.rounding == "stochastic":
+        return quantize_stochastic(weighted, plan.exponent, plan.limit, entropy.draw("rounding", KEY_BYTES), out=words)
+    return quantize(weighted, plan.exponent, plan.limit, out=words)

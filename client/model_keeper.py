@@ -1,6 +1,6 @@
 """The model state of one study at one hospital: how it may change, where it lies, what this hospital signs of it.
 
-A state changes in two ways only. This hospital advances it by a released sum that holds an upload of its own, so that
+A state changes in two ways only. This hospital advances it by a released sum of a round that it paid an attempt for, so that
 whoever invents sums has to spend an attempt for each; or it takes a later state that c + 1 hospitals signed, each of which
 got there the first way or the second, so that one honest hospital spent an attempt on every round.
 """
@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -40,8 +41,23 @@ class Advance(Protocol):
     """``medfed.advance.advance``, or what gives the same bits."""
 
     def __call__(
-        self, state: ModelState, total: Integers, study: Study, *, grid_exponent: int, nominal_patients: int
+        self,
+        state: ModelState,
+        total: Integers,
+        study: Study,
+        *,
+        grid_exponent: int,
+        nominal_patients: int,
+        roster_patients: int | None = None,
     ) -> ModelState: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Released:
+    """A sum as the coordinator relays it: ring words, and whose uploads it holds."""
+
+    total: bytes | memoryview
+    survivors: tuple[int, ...]
 
 
 class ModelKeeper:
@@ -78,14 +94,14 @@ class ModelKeeper:
     def _statement(self, state: ModelState) -> bytes:
         return state_statement(self._study_hash, state.completed_rounds, state_hash(self._study_hash, state))
 
-    def catch_up(self, completed_rounds: int, total: bytes | memoryview, named_hash: bytes) -> bool:
+    def catch_up(self, completed_rounds: int, released: Released, named_hash: bytes) -> bool:
         """Bring the state to ``completed_rounds`` by this hospital's own arithmetic; it must get the hash named.
 
         Returns whether it changed. Raises ``Refuse``; the state is then as before.
         """
         state = self.state
         if state.completed_rounds == completed_rounds - 1 and self._uploaded_in_round(completed_rounds):
-            state = self._advanced(state, total)
+            state = self._advanced(state, released)
         elif state.completed_rounds < completed_rounds:
             raise Refuse(Refused.NEED_STATE, f"here after round {state.completed_rounds}")
         if state.completed_rounds != completed_rounds:
@@ -97,15 +113,20 @@ class ModelKeeper:
             self._keep(state)
         return changed
 
-    def _advanced(self, state: ModelState, total: bytes | memoryview) -> ModelState:
+    def _advanced(self, state: ModelState, released: Released) -> ModelState:
         study, plan = self._approved.study, self._approved.plan
         try:
-            integers = plan.read_total(total)
+            integers = plan.read_total(released.total)
+            nominal = self._approved.roster.patients_of(released.survivors)
         except ProtocolError as error:
             raise Refuse(Refused.STATE_MISMATCH, str(error)) from error
-        nominal = self._approved.roster.nominal_patients
+        if len(released.survivors) < study.cohort.fewest_survivors:
+            raise Refuse(Refused.STATE_MISMATCH, f"a sum of {len(released.survivors)} hospitals")
         exponent = plan.grid_exponent(state.completed_rounds)
-        return self._step(state, integers, study, grid_exponent=exponent, nominal_patients=nominal)
+        everybody = self._approved.roster.patients_at_start(study)
+        return self._step(
+            state, integers, study, grid_exponent=exponent, nominal_patients=nominal, roster_patients=everybody
+        )
 
     def take(self, request: StateTransfer) -> None:
         """Accept a later state only with the signatures of c + 1 hospitals: at least one of them is honest."""
@@ -160,7 +181,7 @@ class ModelKeeper:
         return state
 
     def write_model(self) -> bytes:
-        """The final model for use on site, and its scores on this hospital's own held-out patients, never sent.
+        """The final model for use on site, and once its scores on this hospital's own held-out patients, never sent.
 
         Returns the SHA-256 of its file.
         """
@@ -172,8 +193,15 @@ class ModelKeeper:
         del data  # of a big model as much again
         parameters.assign(approved.model, flat)
         if len(approved.holdout.labels):
-            scores = tasks.evaluate(approved.model, approved.study.task, approved.holdout)
-            report = {"evaluation": "own holdout, never sent", **scores}
-            log.info("on %d own held-out records: %s", len(approved.holdout.labels), scores)
-            self._files.write(approved.folder / "evaluation.json", json.dumps(report, indent=1).encode(), private=True)
+            self._score(digest.hex())
         return digest
+
+    def _score(self, digest: str) -> None:
+        """Once for each final model, as the coordinator may ask for the end as often as it likes."""
+        approved, path = self._approved, self._approved.folder / "evaluation.json"
+        if self._files.exists(path) and digest.encode() in self._files.read(path):
+            return
+        scores = tasks.evaluate(approved.model, approved.study.task, approved.holdout)
+        report = {"evaluation": "own holdout, never sent", "model_sha256": digest, **scores}
+        log.info("on %d own held-out records: %s", len(approved.holdout.labels), scores)
+        self._files.write(path, json.dumps(report, indent=1).encode(), private=True)

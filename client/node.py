@@ -54,7 +54,8 @@ Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
 HEARTBEAT_S = 10
-"""The least Flower takes. A silent node counts as offline after twice this."""
+"""The least Flower takes. A silent node counts as offline after ``RUNS_OUT_S``."""
+RUNS_OUT_S = 2 * HEARTBEAT_S
 ACTIVATE_WITHIN_S = 2.5 * HEARTBEAT_S
 """Until then a refusal may mean that this hospital's last connection has not run out yet."""
 POLL_S, POLL_FAST_S, FAST_FOR_S = 0.2, 0.05, 3.0
@@ -341,8 +342,13 @@ class Node:
                 self._connection.down(str(fault))
                 if not self._was_active and self._clock.monotonic() - since >= ACTIVATE_WITHIN_S:
                     raise fault from error
-                if not refused:
-                    log.warning("%s; trying on: an earlier connection may have to run out first", fault)
+                if not refused and fault.code == 616:
+                    log.warning(
+                        "not let in yet: a connection lost before has to run out first, %d s; trying on", RUNS_OUT_S
+                    )
+                    log.warning("if that lasts: %s", fault)
+                elif not refused:
+                    log.warning("%s; trying on", fault)
                 refused = True
                 self._pause(2)
         self._lost.clear()

@@ -9,7 +9,6 @@ import math
 import resource
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TypedDict
 
 from torch import nn
@@ -19,14 +18,15 @@ from medfed.client.compute import Compute
 from medfed.client.trainer import gradient_sum, made_up_patients, warm_up
 from medfed.errors import ConfigError
 from medfed.models import parameters
-from medfed.privacy import accounting
 from medfed.privacy import plan as plans
 from medfed.privacy.noise import discrete_gaussian
+from medfed.privacy.page import rounded_up
 from medfed.privacy.plan import Plan
 from medfed.privacy.secagg.protocol import AggregatorConfig
 from medfed.seams import Clock
 from medfed.study import Study
 from medfed.wire import upload_size_bytes
+from medfed.wording import counted
 
 WANTED = (1.0, 3.0, 8.0)
 _POINTS = 12
@@ -55,8 +55,9 @@ class Wanted(TypedDict):
 class Outlook(TypedDict):
     """``upload_bytes``: of this hospital, ``in_all`` with every spare. ``seconds_per_attempt``: clipped sum (of all its local
     steps) and noise for the patients expected in an attempt, on this machine as it is now; ``peak_memory_mb``: of this
-    process after the trial. ``patients``: what that is for. ``metrics_auc_noise_sd``: with as many held-out patients as a
-    quarter of them at every hospital; None without metrics or where the noise would drown it."""
+    process after the trial. ``patients``: what that is for. ``metrics_epsilon``: of a patient held out for the metrics, in full
+    from the first attempt on. ``metrics_auc_noise_sd``: with ``held_out_patients`` at all hospitals together. These three are
+    None without metrics, the last one also where the noise would drown an AUC."""
 
     epsilon_by_attempt: list[Spent]
     noise_by_epsilon: list[Wanted]
@@ -67,15 +68,25 @@ class Outlook(TypedDict):
     seconds_in_all: float
     peak_memory_mb: float
     metrics_attempts: int
+    metrics_epsilon: float | None
+    held_out_patients: int | None
     metrics_auc_noise_sd: float | None
 
 
 def outlook(
-    study: Study, plan: Plan, model: nn.Module, *, patients: int, wanted: Sequence[float], clock: Clock
+    study: Study,
+    plan: Plan,
+    model: nn.Module,
+    *,
+    patients: int,
+    held_out: float,
+    wanted: Sequence[float],
+    clock: Clock,
 ) -> Outlook:
-    """For a hospital of ``patients`` declared patients. ``wanted``: epsilons to work the noise out for."""
+    """For a hospital of ``patients`` declared patients, where ``held_out`` are at all hospitals together. ``wanted``: epsilons
+    to work the noise out for."""
     attempt_s = _seconds_per_attempt(study, plan, model, patients, clock)
-    upload = upload_size_bytes(_masked_bytes(study, plan))
+    upload = upload_size_bytes(AggregatorConfig.of_anybody(study, plan.ring_words).everybody.upload_bytes)
     return Outlook(
         epsilon_by_attempt=list(_spent(study, plan)),
         noise_by_epsilon=[_noise_for(study, plan, epsilon) for epsilon in wanted],
@@ -87,25 +98,24 @@ def outlook(
         peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         / (1 << (20 if sys.platform == "darwin" else 10)),
         metrics_attempts=0 if study.metrics is None else study.metrics.attempts,
-        metrics_auc_noise_sd=_metrics_auc_noise_sd(study, plan, patients),
+        metrics_epsilon=plan.metrics_epsilon,
+        held_out_patients=None if study.metrics is None else round(held_out),
+        metrics_auc_noise_sd=_metrics_auc_noise_sd(study, plan, held_out),
     )
 
 
-def _masked_bytes(study: Study, plan: Plan) -> int:
-    """As ``AggregatorConfig`` has it, whoever the hospitals are."""
-    nobody = tuple(bytes([number]) * 32 for number in range(study.cohort.hospitals))
-    return AggregatorConfig(
-        bytes(32), bytes(32), nobody, study.cohort.colluders, plan.ring_words, plan.ring_bits
-    ).upload_bytes
+def some_attempts(rounds: int, last: int) -> list[int]:
+    """About ``_POINTS`` of the attempts 1 to ``last``, the end of the rounds and of the list among them: each figure takes a
+    moment where patients are sampled."""
+    even = {math.ceil(last * part / _POINTS) for part in range(1, _POINTS + 1)}
+    return sorted(even | {1, rounds, last})
 
 
 def _spent(study: Study, plan: Plan) -> Iterator[Spent]:
-    """At most ``_POINTS`` of the training's attempts, the end of its rounds and of the list among them."""
+    """Of a patient who trains: held-out ones pay for the metrics at once."""
     rounds, last = study.training.rounds, study.training.attempts
-    trained = replace(plan.mechanism, aside=())  # of a patient who trains: held-out ones pay for the metrics at once
-    even = {math.ceil(last * part / _POINTS) for part in range(1, _POINTS + 1)}
-    for attempts in sorted(even | {1, rounds, last}):
-        epsilon = accounting.bounds(trained, attempts, plan.delta).epsilon
+    for attempts in some_attempts(rounds, last):
+        epsilon = plan.trained_epsilon_after(attempts)
         yield Spent(attempts=attempts, epsilon=epsilon, spare=attempts > rounds)
 
 
@@ -137,39 +147,42 @@ def _seconds_per_attempt(study: Study, plan: Plan, model: nn.Module, patients: i
     return plan.events_per_attempt * (step_s + noise_s)
 
 
-def _metrics_auc_noise_sd(study: Study, plan: Plan, patients: int) -> float | None:
+def _metrics_auc_noise_sd(study: Study, plan: Plan, held_out: float) -> float | None:
     if study.metrics is None:
         return None
-    hospitals = study.cohort.hospitals
-    noise_sd = metrics.noise_sd_of_cell(plan.metrics_noise_sd, plan.metrics_exponent, hospitals)
-    auc = metrics.expected(study, patients // 4 * hospitals, noise_sd).auc
-    return None if auc is None else auc.noise_sd
+    noise_sd = metrics.noise_sd_of_cell(plan.metrics_noise_sd, plan.metrics_exponent, study.cohort.hospitals)
+    return metrics.noise_in_auc(study, held_out, noise_sd)
 
 
 def in_words(found: Outlook) -> Iterator[str]:
     """Lines for a terminal, epsilon as bars."""
-    yield "Epsilon of a patient who trains, once so many attempts are spent:"
+    listed = [spent["attempts"] for spent in found["epsilon_by_attempt"]]
+    left_out = "" if listed == list(range(1, listed[-1] + 1)) else f" ({len(listed)} of {listed[-1]} are shown)"
+    yield f"Epsilon of a patient who trains, once so many attempts are spent{left_out}:"
     top = max(spent["epsilon"] for spent in found["epsilon_by_attempt"])
     for spent in found["epsilon_by_attempt"]:
         bar = "#" * max(1, round(_BAR * spent["epsilon"] / top)) if top else ""
-        yield f"  {spent['attempts']:6d}  {spent['epsilon']:8.4f}  {bar}{' (spare)' if spent['spare'] else ''}"
+        epsilon = math.ceil(spent["epsilon"] * 1e4) / 1e4  # a bound never reads smaller than it is
+        yield f"  {spent['attempts']:6d}  {epsilon:8.4f}  {bar}{' (spare)' if spent['spare'] else ''}"
     for wanted in found["noise_by_epsilon"]:
         noise = wanted["noise_multiplier"]
         told = "out of reach for a study of this length" if noise is None else f"a noise multiplier of {noise:g}"
         yield f"For epsilon {wanted['epsilon']:g} in all: {told}."
-    if found["metrics_attempts"]:
-        noise = found["metrics_auc_noise_sd"]
-        told = "drown an AUC of 0.80" if noise is None else f"move an AUC of 0.80 by {noise:.3g} (standard deviation)"
+    if found["metrics_epsilon"] is not None:
+        told = metrics.noise_in_auc_in_words(found["held_out_patients"] or 0, found["metrics_auc_noise_sd"])
         yield (
-            f"Metrics: noised counts over held-out patients, at most {found['metrics_attempts']} attempts. With "
-            f"{found['patients'] // 4} held out at every hospital the noise would {told}."
+            f"Metrics: noised counts over held-out patients, at most {counted(found['metrics_attempts'], 'attempt')}. A patient "
+            f"held out pays epsilon {rounded_up(found['metrics_epsilon'])} for them and nothing else, charged in full with the "
+            "study's first attempt."
         )
+        yield f"  {told}"
     yield (
-        f"This machine, for {found['patients']} patients: about {_seconds(found['seconds_per_attempt'])} an attempt, "
+        f"This machine, for {counted(found['patients'], 'patient')}: about {_seconds(found['seconds_per_attempt'])} an attempt, "
         f"{_seconds(found['seconds_in_all'])} for all of them without waiting; {found['peak_memory_mb']:.0f} MB of memory."
     )
     yield (
-        f"Sent: {found['upload_bytes_per_attempt']:,} bytes an attempt, {found['upload_bytes_in_all']:,} for all of them."
+        f"Uploads of a hospital: {found['upload_bytes_per_attempt']:,} bytes an attempt (the masked vector and what proves it), "
+        f"{found['upload_bytes_in_all']:,} for all attempts."
     )
 
 

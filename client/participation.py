@@ -24,30 +24,37 @@ from medfed.client.approved import Approved
 from medfed.client.ledger import AttemptState, Caps, Ledger, StudyState
 from medfed.client.local_steps import LocalUpdate, Noise, noised_sum, private_update, weighted_words
 from medfed.client.metrics import metrics_sum
-from medfed.client.model_keeper import Advance, ModelKeeper
+from medfed.client.model_keeper import Advance, ModelKeeper, Released
 from medfed.client.refusal import Refuse
 from medfed.client.statement import agreed, finished, keep, signed
 from medfed.client.statistics import statistics_sum, with_standardized_patients
 from medfed.client.witnesses import HeadsOfSession, Witnesses
 from medfed.errors import BudgetExhausted, MedfedError, ProtocolError
-from medfed.identity import Identity
+from medfed.identity import SIGNATURE_BYTES, Identity
 from medfed.privacy.secagg.party import Party
-from medfed.privacy.secagg.protocol import SecaggConfig
+from medfed.privacy.secagg.protocol import BOX_BYTES, AggregatorConfig, SecaggConfig
+from medfed.privacy.secagg.transitions import CloseReason
 from medfed.seams import Seams
 from medfed.wire import (
     Finish,
     Message,
     OfferReply,
     Refused,
+    Release,
+    ReleaseRequest,
     RoundRequest,
     SetupRequest,
     StateAccepted,
     StateTransfer,
     Upload,
+    Vote,
+    VoteRequest,
     encode,
     expect,
+    read_numbered,
+    read_positions,
 )
-from medfed.witness import Head, newest, read_heads, with_heads
+from medfed.witness import Head, newest, position_of, read_heads, with_heads
 
 log = logging.getLogger("medfed.client")
 
@@ -91,6 +98,7 @@ class Participation:
         self._heads = HeadsOfSession(())
         self._party: Party | None = None
         self._offers: tuple[bytes, ...] | None = None
+        self._summed: tuple[int, ...] = ()  # whose sum the last upload can be in only, where this process knows it
         self._standardized: tuple[bytes, Approved] | None = None
         self._keeper = ModelKeeper(approved, identity, seams.files, self._uploaded_in_round, step)
 
@@ -121,6 +129,10 @@ class Participation:
             return self._set_up(message)
         if isinstance(message, RoundRequest):
             return self._take_part(message, heads)
+        if isinstance(message, VoteRequest):
+            return self._vote(message)
+        if isinstance(message, ReleaseRequest):
+            return self._release(message)
         if isinstance(message, StateTransfer):
             return self._take_state(message)
         reply = self._finish(expect(message, Finish))
@@ -128,13 +140,18 @@ class Participation:
         return reply
 
     def _checked_heads(self, message: Message) -> tuple[tuple[int, Head], ...]:
-        """The heads of ledgers in ``message``, first of all held against this hospital's own; refused once that is locked.
+        """The heads of ledgers in ``message``, first of all held against this hospital's own; refused once that is locked, or
+        where they count hospitals that nobody here approved.
 
         Before anything else is done: whatever is written into an old ledger only makes it a second one.
         """
         items = message.heads if isinstance(message, SetupRequest | RoundRequest | Finish) else ()
-        heads = read_heads(items, self.approved.roster.identities)
+        identities = self.approved.roster.identities
+        known = [each for each in items if position_of(each) < len(identities)]
+        heads = read_heads(known, identities)
         self._witnesses.face(head for position, head in heads if position == self.approved.position)
+        if len(known) < len(items):
+            raise Refuse(Refused.OTHER_ROSTER, "hospitals joined: medfed-client approve with the new roster, to go on")
         return heads
 
     # --- session ---------------------------------------------------------------------------------------------------
@@ -145,15 +162,8 @@ class Participation:
         if request.session != self._session:
             self._end_session()
             approved = self.approved
-            config = SecaggConfig(
-                config_hash=self.study_hash,
-                roster_hash=approved.roster.hash(),
-                position=approved.position,
-                identities=approved.roster.identities,
-                colluders=approved.study.cohort.colluders,
-                words=approved.plan.ring_words,
-                ring_bits=approved.study.quantization.ring_bits,
-            )
+            shared = AggregatorConfig.of(approved.study, approved.roster, approved.plan.ring_words)
+            config = SecaggConfig(shared, approved.position)
             party = Party(config, self._identity.sign, self._seams.entropy)
             told = self._witnesses.told(approved.roster.identities)
             reply = OfferReply(
@@ -175,7 +185,9 @@ class Participation:
         if not self.is_open:
             raise Refuse(Refused.NOT_APPROVED, "the study is closed or withdrawn here")
         if not self._is_time(self._seams.clock.wall()):
-            raise Refuse(Refused.OUT_OF_HOURS, "outside the policy's hours")
+            raise Refuse(
+                Refused.OUT_OF_HOURS, "outside the hours of hospital.toml; medfed-client status says till when"
+            )
 
     # --- a round ---------------------------------------------------------------------------------------------------
 
@@ -193,8 +205,9 @@ class Participation:
             raise Refuse(Refused.OUT_OF_ORDER, "all rounds are done")
         self._accept_offers(party, request.offers)
         identities, latest = self.approved.roster.identities, newest(heads)
-        self._heads.require(request.round, request.heads, latest, len(identities))
-        self._catch_up(request.round, request.total, request.state_hash)
+        survivors = read_positions(request.survivors)
+        self._heads.require(request.round, request.heads, latest, party.cohort.members, survivors)
+        self._catch_up(request.round, Released(request.total, survivors), request.state_hash)
         self._reserve(request)
         self._heads.accept(request.round, latest)
         self._witnesses.keep(heads, identities)
@@ -250,7 +263,7 @@ class Participation:
         except BudgetExhausted as error:
             raise Refuse(Refused.BUDGET, str(error)) from error
         log.info(
-            "%s: round %d of %d, attempt %d, epsilon spent %.3f",
+            "%s: round %d of %d, attempt %d, epsilon spent at most %.3f",
             self.approved.study.study.name,
             request.round + 1,
             self.approved.study.released_sums,
@@ -265,11 +278,12 @@ class Participation:
         vector = self._noised_vector()
         trained = clock.monotonic()
         task = task_hash(self.study_hash, self._keeper.state)
+        party.close_round(CloseReason.DEADLINE)  # of the attempt before, if it was not released for
         party.open_round(request.attempt, with_heads(task, request.heads))
         vector_hash = hashlib.sha256(np.ascontiguousarray(vector, "<i8").data).digest()
         masked = party.mask(vector)
         del vector  # of a big model twice its size; what it became is all that is needed
-        party.close_round()
+        self._summed = party.cohort.members if party.cohort.is_strict else ()
         reply = encode(
             Upload(
                 self.study_hash,
@@ -279,13 +293,17 @@ class Participation:
                 request.round,
                 self._keeper.attestation(),
                 head.to_bytes(),
-                masked.payload,
+                masked.pieces,
             ),
             self._identity,
         )
+        pad_id = masked.pad_id
+        del masked
+        if party.cohort.is_strict:
+            party.close_round()
         self._seams.files.write(self._outbox_path, (_binding(request), reply), private=True)
         self._ledger.seal_and_release(
-            self.study_hash, request.attempt, vector_hash, masked.pad_id, hashlib.sha256(reply).digest()
+            self.study_hash, request.attempt, vector_hash, pad_id, hashlib.sha256(reply).digest()
         )
         self._note(request, trained - started, clock.monotonic() - started)
         self._wait_for_slot(started)
@@ -300,7 +318,9 @@ class Participation:
             vector = metrics_sum(self.approved, state, entropy, self._noise)
         elif self.approved.study.training.aggregate == "update":
             approved = self._training_at(state)
-            vector = weighted_words(approved, self._local_update(approved, state.weights, entropy, self._noise))
+            vector = weighted_words(
+                approved, self._local_update(approved, state.weights, entropy, self._noise), entropy
+            )
         else:
             vector = noised_sum(self._training_at(state), state.weights, entropy, self._noise)
         missing = self.approved.plan.ring_words - len(vector)  # all vectors of a study are of one length
@@ -316,8 +336,8 @@ class Participation:
         return self._standardized[1]
 
     def _wait_for_slot(self, started: float) -> None:
-        """Leave a whole number of slots after the request came, so that the time says nothing of the patients: an upload, and
-        the word that there is none once training has begun."""
+        """Leave a whole number of slots after the request came, so that the time says nothing of the patients: an upload,
+        the word that there is none once training has begun, and every answer about the final model."""
         slot = self.approved.study.deadlines.slot_s
         if slot is not None:
             elapsed = self._seams.clock.monotonic() - started
@@ -328,6 +348,44 @@ class Participation:
             self._party.close_round()
         self._ledger.abandon(self.study_hash, attempt, reason)
 
+    # --- opening a sum -------------------------------------------------------------------------------------------------
+
+    def _vote(self, request: VoteRequest) -> bytes:
+        """Agree to one survivor set. No record is touched and nothing is spent: the attempt was charged with its upload."""
+        party, survivors = self._party_of(request), read_positions(request.survivors)
+        try:
+            vote = party.vote(survivors)
+        except ProtocolError as error:
+            raise Refuse(Refused.SURVIVORS, str(error)) from error
+        self._summed = survivors
+        return encode(
+            Vote(self.study_hash, request.nonce, self.approved.position, request.attempt, vote), self._identity
+        )
+
+    def _release(self, request: ReleaseRequest) -> bytes:
+        """What opens the sum over the survivors; asked again, the same bytes."""
+        party, survivors = self._party_of(request), read_positions(request.survivors)
+        votes = read_numbered(request.votes, SIGNATURE_BYTES)
+        boxes = read_numbered(request.boxes, BOX_BYTES)
+        try:
+            payload = party.release(survivors, votes, boxes)
+        except ProtocolError as error:
+            raise Refuse(Refused.SURVIVORS, str(error)) from error
+        self._summed = survivors
+        return encode(
+            Release(self.study_hash, request.nonce, self.approved.position, request.attempt, payload), self._identity
+        )
+
+    def _party_of(self, request: VoteRequest | ReleaseRequest) -> Party:
+        """The party of the attempt that is asked about; only the process that masked it can help to open it."""
+        if not self.is_open:
+            raise Refuse(Refused.NOT_APPROVED, "the study is closed or withdrawn here")
+        if self._party is None or request.session != self._session:
+            raise Refuse(Refused.NO_SESSION, "the keys of this session are not here")
+        if request.attempt != self._party.highest_attempt:
+            raise Refuse(Refused.OUT_OF_ORDER, f"attempt {request.attempt} is not open here")
+        return self._party
+
     # --- the model state ---------------------------------------------------------------------------------------------
 
     def _uploaded_in_round(self, number: int) -> bool:
@@ -337,8 +395,14 @@ class Participation:
             return False
         return self._ledger.charged_round(self.study_hash, attempt) == number
 
-    def _catch_up(self, completed_rounds: int, total: bytes | memoryview, named_hash: bytes) -> None:
-        if self._keeper.catch_up(completed_rounds, total, named_hash):
+    def _catch_up(self, completed_rounds: int, released: Released, named_hash: bytes) -> None:
+        is_next = completed_rounds == self.completed_rounds + 1 and self._uploaded_in_round(completed_rounds)
+        if is_next and self._summed and self._summed != released.survivors:
+            # without this one it may be of a later attempt than its last: the state must then come with others' signatures
+            reason = Refused.STATE_MISMATCH if self.approved.position in released.survivors else Refused.NEED_STATE
+            raise Refuse(reason, "a sum over other hospitals than those this one released for")
+        changed = self._keeper.catch_up(completed_rounds, released, named_hash)
+        if changed and self.approved.position in released.survivors:
             self._acknowledge()
 
     def _acknowledge(self) -> None:
@@ -359,7 +423,15 @@ class Participation:
         """
         if request.round != self.approved.study.released_sums:
             raise Refuse(Refused.OUT_OF_ORDER, "a study ends after its last round")
-        self._catch_up(request.round, request.total, request.state_hash)
+        began = self._seams.clock.monotonic()
+        try:
+            return self._end(request)
+        finally:
+            self._wait_for_slot(began)  # scoring takes the longer, the more patients are held out
+
+    def _end(self, request: Finish) -> bytes:
+        released = Released(request.total, read_positions(request.survivors))
+        self._catch_up(request.round, released, request.state_hash)
         model = self._keeper.write_model()
         said = agreed(self.approved, request, model, self._ledger.highest_attempt(self.study_hash))
         if self.is_open:
@@ -368,7 +440,7 @@ class Participation:
         self._end_session()
         mine = signed(self.approved, said, self._ledger, self._identity)
         keep(self.approved, said, request.statement_signature, mine, self._seams.files)
-        return encode(finished(request, mine), self._identity)
+        return encode(finished(request, mine, self._keeper.attestation()), self._identity)
 
     # --- disk --------------------------------------------------------------------------------------------------------
 

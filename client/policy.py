@@ -6,7 +6,7 @@ default: a hospital that has not decided does not take part.
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -122,7 +122,10 @@ class Policy(StrictModel):
     max_attempts: Annotated[int, Field(ge=1, le=110_000)]
     max_records_per_patient: Annotated[int, Field(ge=1, le=10_000)]
 
-    hours: Annotated[str, Field(pattern=rf"^{_TIME}-{_TIME}$", description='"20:00-06:00"')] | None = None
+    hours: Annotated[
+        Annotated[str, Field(pattern=rf"^{_TIME}-{_TIME}$")] | None,
+        Field(description='such as "20:00-06:00", local time'),
+    ] = None
 
     def is_within_hours(self, wall_s: float) -> bool:
         """Whether this hospital takes part at this time, seconds since 1970: local time, the first minute in, the last out;
@@ -133,6 +136,14 @@ class Policy(StrictModel):
         minute = now.hour * 60 + now.minute
         start, end = (int(each[:2]) * 60 + int(each[3:]) for each in self.hours.split("-"))
         return start <= minute < end if start < end else minute >= start or minute < end
+
+    def next_opening(self, wall_s: float) -> float | None:
+        """When this hospital takes part again, seconds since 1970; None while it does."""
+        if self.hours is None or self.is_within_hours(wall_s):
+            return None
+        now = datetime.fromtimestamp(wall_s)
+        opens = now.replace(hour=int(self.hours[:2]), minute=int(self.hours[3:5]), second=0, microsecond=0)
+        return (opens if opens > now else opens + timedelta(days=1)).timestamp()
 
     @model_validator(mode="after")
     def _consistent(self) -> Policy:
@@ -203,9 +214,9 @@ class Policy(StrictModel):
     def _admit_cohort(self, study: Study) -> None:
         cohort = study.cohort
         _need(
-            cohort.hospitals >= self.min_hospitals,
+            cohort.fewest_survivors >= self.min_hospitals,
             140,
-            f"{cohort.hospitals} hospitals are fewer than this hospital's {self.min_hospitals}",
+            f"sums of {cohort.fewest_survivors} hospitals are of fewer than this hospital's {self.min_hospitals}",
             "min_hospitals",
         )
         _need(
@@ -215,9 +226,9 @@ class Policy(StrictModel):
             "min_colluders",
         )
         _need(
-            cohort.hospitals - cohort.colluders >= self.min_honest,
+            cohort.honest_survivors >= self.min_honest,
             141,
-            f"{cohort.colluders} colluders leave {cohort.hospitals - cohort.colluders} honest hospitals of {cohort.hospitals}, "
+            f"{cohort.colluders} colluders leave {cohort.honest_survivors} honest hospitals of {cohort.fewest_survivors}, "
             f"this hospital wants {self.min_honest}",
             "min_honest",
         )
@@ -232,6 +243,13 @@ class HospitalConfig(StrictModel):
     policy: Policy
     health: HealthSection | None = None
     compute: ComputeSection = Field(default_factory=ComputeSection)
+
+
+def hours_in_words(hours: str, next_opening: float | None) -> str:
+    """``20:00-06:00, now closed until 2027-01-05 20:00 (local time)``; ``next_opening``: of ``Policy.next_opening``."""
+    if next_opening is None:
+        return f"{hours}, now open (local time)"
+    return f"{hours}, now closed until {datetime.fromtimestamp(next_opening):%Y-%m-%d %H:%M} (local time)"
 
 
 def load_hospital(files: Files, path: Path) -> HospitalConfig:

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from medfed.client.ledger import PatientIds
 from medfed.client.policy import HospitalConfig
 from medfed.client.sources.hospital_records import read_records
 from medfed.errors import ConfigError, EnvironmentFault
@@ -76,6 +77,11 @@ class Site:
         key = self._patients_key()
         return tuple(hmac.digest(key, b"medfed/patient/v1" + patient.encode(), hashlib.sha256) for patient in patients)
 
+    def patient_ids(self) -> PatientIds:
+        """What ``keyed_hashes`` are made by, for the ledger to hold on to: the key only as a commitment to it."""
+        commitment = hmac.digest(self._patients_key(), b"medfed/patients-key/v1", hashlib.sha256)
+        return PatientIds(commitment, self.config.data.patient_column)
+
     def holdout(self, patients: tuple[str, ...]) -> NDArray[np.bool_]:
         """Which records are set aside for evaluation and never train: bool[n], by a keyed hash of the patient id.
 
@@ -87,7 +93,7 @@ class Site:
         return np.array([int.from_bytes(digest[:8], "big") < bar for digest in digests], np.bool_)
 
     def _patients_key(self) -> bytes:
-        """Another key would make strangers of the same patients and begin their account anew."""
+        """Another key would make strangers of the same patients; the ledger knows it by ``patient_ids``."""
         key = self.seams.files.read_private(self.patients_key_path)
         if len(key) != PATIENTS_KEY_BYTES:
             raise EnvironmentFault(

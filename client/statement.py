@@ -70,8 +70,8 @@ def keep(approved: Approved, said: Statement, signature: bytes, mine: SignedByHo
     files.write(approved.folder / PAGE_NAME, page(file, approved.roster).encode())
 
 
-def finished(request: Finish, mine: SignedByHospital) -> Finished:
-    """What travels of a hospital's statement; the coordinator knows the rest."""
+def finished(request: Finish, mine: SignedByHospital, attestation: bytes) -> Finished:
+    """What travels of a hospital's statement; the coordinator knows the rest. ``attestation``: over the final state."""
     return Finished(
         request.study_hash,
         request.nonce,
@@ -81,4 +81,5 @@ def finished(request: Finish, mine: SignedByHospital) -> Finished:
         mine.epsilon_spent_micro,
         mine.head.to_bytes(),
         bytes.fromhex(mine.signature),
+        attestation,
     )

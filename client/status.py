@@ -16,10 +16,13 @@ from pydantic import BaseModel, ValidationError
 from medfed.client.budget import StudyBudget, budget
 from medfed.client.control import SOCKET_NAME, DaemonNow, StudyNow, ask_status, ask_to_stop
 from medfed.client.ledger import AttemptState, Ledger, LedgerView, require_unlocked
+from medfed.client.policy import hours_in_words
 from medfed.client.site import Site
 from medfed.display import shown
 from medfed.errors import MedfedError
+from medfed.privacy.page import rounded_down, rounded_up
 from medfed.study import Study
+from medfed.wording import rounds_by_kind
 
 log = logging.getLogger("medfed.client")
 
@@ -39,12 +42,13 @@ class _RoundNote(BaseModel):
 class StudyStatus(StudyBudget):
     """``round``: of the last attempt charged here, 0 before the first; ``completed_rounds``: whose sums have come back.
 
-    None where it is not known: ``completed_rounds``, ``device`` and ``engine`` without a process, ``rounds`` without the study's
-    file, ``last_round_s`` before the first round.
+    ``rounds``: of all kinds together. None where it is not known: ``completed_rounds``, ``device`` and ``engine`` without a
+    process, ``rounds`` without the study's file (``rounds_by_kind`` is then empty), ``last_round_s`` before the first round.
     """
 
     round: int
     rounds: int | None
+    rounds_by_kind: dict[str, int]
     completed_rounds: int | None
     under_way: bool
     last_round_s: float | None
@@ -56,11 +60,14 @@ class Status(TypedDict):
     """How a hospital stands.
 
     ``since`` and ``connection_since``: seconds since 1970. ``locked``: why the ledger is locked (MF-405), None if it is not.
-    All but name, ``locked``, ``running`` and studies are None without a process.
+    ``hours``: those of hospital.toml, None without; ``next_opening``: outside of them, when they begin (seconds since 1970).
+    All but name, ``locked``, ``running``, hours and studies are None without a process.
     """
 
     hospital: str
     locked: str | None
+    hours: str | None
+    next_opening: float | None
     running: bool
     pid: int | None
     version: str | None
@@ -83,6 +90,8 @@ def status(site: Site) -> Status:
     return Status(
         hospital=site.config.hospital.name,
         locked=locked,
+        hours=site.config.policy.hours,
+        next_opening=site.config.policy.next_opening(site.seams.clock.wall()),
         running=now is not None,
         pid=now.pid if now else None,
         version=now.version if now else None,
@@ -110,11 +119,12 @@ def _why_not(now: DaemonNow | None) -> str | None:
 def _study(site: Site, ledger: LedgerView, spent: StudyBudget, now: StudyNow | None) -> StudyStatus:
     study = bytes.fromhex(spent["study_sha256"])
     attempt = ledger.highest_attempt(study)
-    is_reserved = ledger.attempt_status(study, attempt) is AttemptState.RESERVED
+    is_reserved, pinned = ledger.attempt_status(study, attempt) is AttemptState.RESERVED, _pinned(site, study)
     return StudyStatus(
         **spent,
         round=ledger.charged_round(study, attempt) or 0,
-        rounds=_rounds(site, study),
+        rounds=None if pinned is None else pinned.released_sums,
+        rounds_by_kind={} if pinned is None else pinned.rounds_by_kind,
         completed_rounds=now.completed_rounds if now else None,
         under_way=is_reserved and now is not None,
         last_round_s=_last_round_s(site, study),
@@ -123,14 +133,14 @@ def _study(site: Site, ledger: LedgerView, spent: StudyBudget, now: StudyNow | N
     )
 
 
-def _rounds(site: Site, study: bytes) -> int | None:
-    """From the approved study's file; a start checks that file, here it is only not believed if it is another."""
+def _pinned(site: Site, study: bytes) -> Study | None:
+    """The approved study's file; a start checks that file, here it is only not believed if it is another."""
     text = _text(site, study, "study.json")
     try:
         pinned = Study.model_validate_json(text, strict=True)
     except ValidationError:
         return None
-    return pinned.released_sums if pinned.hash() == study else None
+    return pinned if pinned.hash() == study else None
 
 
 def _last_round_s(site: Site, study: bytes) -> float | None:
@@ -162,6 +172,8 @@ def in_words(status: Status) -> Iterator[str]:
             yield f"  not connected since {_when(status['connection_since'])}: {status['why_not_connected']}"
     if status["locked"] is not None:
         yield f"  LOCKED, nothing leaves this hospital: {status['locked']}"
+    if status["hours"] is not None:
+        yield f"  takes part within hours: {hours_in_words(status['hours'], status['next_opening'])}"
     if not status["studies"]:
         yield "  no study was approved"
     for study in status["studies"]:
@@ -171,12 +183,13 @@ def in_words(status: Status) -> Iterator[str]:
 def _study_in_words(study: StudyStatus) -> Iterator[str]:
     yield (
         f"  {shown(study['study'])} ({study['study_sha256'][:12]}, {study['state']}): round {study['round']} of "
-        f"{'?' if study['rounds'] is None else study['rounds']}{', at work' if study['under_way'] else ''}"
+        f"{'?' if study['rounds'] is None else study['rounds']}{rounds_by_kind(study['rounds_by_kind'])}"
+        f"{', at work' if study['under_way'] else ''}"
         f"{'' if study['device'] is None else ', on ' + study['device'] + ' by ' + str(study['engine'])}"
     )
     yield (
         f"    attempts: {study['attempts_used']} used, {study['attempts_left']} left; epsilon: "
-        f"{study['epsilon_spent']:.4g} spent, {study['epsilon_left']:.4g} left (delta {study['delta']:g})"
+        f"{rounded_up(study['epsilon_spent'])} spent, {rounded_down(study['epsilon_left'])} left (delta {study['delta']:g})"
     )
     if study["last_round_s"] is not None:
         yield f"    the last round took {study['last_round_s']:.1f} s here"
@@ -202,7 +215,7 @@ def stop(site: Site) -> bool:
             raise MedfedError(
                 620,
                 "another medfed command holds the ledger",
-                "end it; is a hospital just starting, or someone approving?",
+                "is a hospital just starting, or someone approving? end that, or try medfed-client stop again",
             )
         if asked is not None and clock.monotonic() >= tell_at:
             log.info("waiting for process %d until the attempt under way is sealed (%.0f s)", asked.pid, waited)

@@ -93,18 +93,28 @@ class HeadsOfSession:
         self._told = {each for each in told if not each.endswith(NO_HEAD)}
         self._last: tuple[int, dict[int, Head]] | None = None
 
-    def require(self, completed_rounds: int, items: Sequence[bytes], latest: dict[int, Head], hospitals: int) -> None:
-        """Raise ``Refuse`` unless every head that was told is among ``items``, and every hospital has one.
+    def require(
+        self,
+        completed_rounds: int,
+        items: Sequence[bytes],
+        latest: dict[int, Head],
+        members: Iterable[int],
+        survivors: Iterable[int],
+    ) -> None:
+        """Raise ``Refuse`` unless every head that was told is among ``items``, and every one of the cohort's ``members`` has one.
 
-        A round is completed with an upload of each hospital, which names the row it was charged in: after it every ledger
-        must have a newer head than at the last ``accept``. ``latest``: the newest of ``items`` by position.
+        A round is completed with an upload of each of its ``survivors``, which names the row it was charged in: after it their
+        ledgers must have newer heads than at the last ``accept``. ``latest``: the newest of ``items`` by position.
         """
-        if not self._told.issubset(items) or len(latest) != hospitals:
+        if not self._told.issubset(items) or not set(members) <= set(latest):
             raise Refuse(Refused.HEADS_MISSING, "heads of ledgers that were told are not relayed")
         if self._last is not None:
             before, heads = self._last
-            grown = 1 if completed_rounds > before else 0
-            if any(latest[position].seq < head.seq + grown for position, head in heads.items()):
+            grown = set(survivors) if completed_rounds > before else set()
+            if any(
+                position not in latest or latest[position].seq < head.seq + (position in grown)
+                for position, head in heads.items()
+            ):
                 raise Refuse(Refused.HEADS_MISSING, "the heads relayed are not those of the last round")
 
     def accept(self, completed_rounds: int, latest: dict[int, Head]) -> None:

@@ -108,22 +108,29 @@ def first_state(weights: NDArray[np.float32], study: Study) -> ModelState:
     )
 
 
-def divisor(study: Study, nominal_patients: int) -> float:
+def divisor(study: Study, nominal_patients: int, roster_patients: int) -> float:
     """What makes a mean of the released sum. Public, so never exact.
 
-    Of gradients: the expected patients in a round, sampling rate x the declared patients of all hospitals. Of updates: 1,
-    as each hospital weighted its own by its share of those.
+    Of gradients: the expected patients in a round, sampling rate x the declared patients of the hospitals in the sum. Of
+    updates: their part of the patients declared when the study began, as each hospital weighted its own by its share of those.
     """
     if study.training.aggregate == "update":
-        return 1.0
+        return nominal_patients / roster_patients
     return study.privacy.sampling_rate * float(nominal_patients)
 
 
 def advance(
-    state: ModelState, total: Integers, study: Study, *, grid_exponent: int, nominal_patients: int
+    state: ModelState,
+    total: Integers,
+    study: Study,
+    *,
+    grid_exponent: int,
+    nominal_patients: int,
+    roster_patients: int | None = None,
 ) -> ModelState:
-    """One server step. ``total``: signed integers [d or more], the exact sum of all hospitals' vectors in units of
-    2^-grid_exponent; what is longer than the model is not read.
+    """One server step. ``total``: signed integers [d or more], the exact sum of the surviving hospitals' vectors in units of
+    2^-grid_exponent; what is longer than the model is not read. ``nominal_patients``: declared by the survivors;
+    ``roster_patients``: by all in the roster that the study began with (None: all survived).
 
     Every rule descends: it takes the mean gradient, or minus the mean update, which is Reddi's pseudo-gradient. So plain
     averaging of updates (FedAvg) is momentum 0 with rate 1. Values beyond float32 become infinite: the run then fails.
@@ -139,7 +146,7 @@ def advance(
     rule = study.training.server_step
     rate = study.training.learning_rate(number)
     averaged = number > study.training.rounds - study.training.average_last_rounds
-    scale = divisor(study, nominal_patients)
+    scale = divisor(study, nominal_patients, roster_patients or nominal_patients)
     sign = -1.0 if study.training.aggregate == "update" else 1.0
     weights, first, second, tail = (np.empty_like(each) for each in _arrays(state))
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):

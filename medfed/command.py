@@ -18,8 +18,9 @@ from medfed.errors import ConfigError, ExitStatus, MedfedError
 
 EXIT_HELP = (
     "exit status: 0 done, 2 usage or unreadable input, 3 refused by policy, 4 integrity, 5 budget, 6 environment, "
-    "130 interrupted (resumable)"
+    "130 interrupted"
 )
+RESUMABLE = "interrupted; start again to resume"
 
 REHEARSAL_ONLY = frozenset({"--seed", "--no-dp", "--insecure"})
 
@@ -51,11 +52,15 @@ def refuse_rehearsal_options(argv: Sequence[str]) -> None:
 
 
 def run_command(
-    parser: Parser, argv: Sequence[str] | None, check: Callable[[Sequence[str]], None] | None = None
+    parser: Parser,
+    argv: Sequence[str] | None,
+    check: Callable[[Sequence[str]], None] | None = None,
+    *,
+    interrupted: str = RESUMABLE,
 ) -> int:
     """Parse, act, and turn every outcome into an exit status and at most one line on standard error.
 
-    ``check`` sees the arguments before they are parsed and may refuse them.
+    ``check`` sees the arguments before they are parsed and may refuse them. ``interrupted``: what Ctrl-C leaves behind.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in given
@@ -72,7 +77,7 @@ def run_command(
     except MedfedError as error:
         return _fail(str(error), error.exit_status, debug)
     except KeyboardInterrupt:
-        return _fail("interrupted; start again to resume", ExitStatus.INTERRUPTED, debug)
+        return _fail(interrupted, ExitStatus.INTERRUPTED, debug)
     except BrokenPipeError:
         # the reader of our output went away: nothing more can be said there
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

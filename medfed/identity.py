@@ -116,7 +116,7 @@ def check_node_key(public: str) -> None:
     """Raise ``ConfigError`` (MF-211) unless ``public`` is an EC P-384 key in OpenSSH form."""
     try:
         key = load_ssh_public_key(public.encode())
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except (ValueError, UnsupportedAlgorithm, NotImplementedError) as error:  # the last: a compressed point
         raise ConfigError(211, "node key is not an OpenSSH public key", "make the enrolment document anew") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp384r1":
         raise ConfigError(211, "node key is not of curve P-384", "make the enrolment document anew")

@@ -20,8 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medfed.study import Study
+from medfed.wording import counted
 
 Floats = NDArray[np.float64]
+ASSUMED_HOLDOUT = 0.2  # of hospitals that have not said how many of their patients they hold out
 
 
 def words(study: Study) -> int:
@@ -149,9 +151,28 @@ def in_words(found: Metrics) -> Iterator[str]:
             yield f"{name}: drowned by the noise"
 
 
-def expected(study: Study, patients: int, noise_sd: float) -> Metrics:
+def held_out(declared: int, holdout: float = ASSUMED_HOLDOUT) -> float:
+    """Patients held out beside ``declared`` ones who train, where the share ``holdout`` of both together is."""
+    return declared * holdout / (1.0 - holdout)
+
+
+def noise_in_auc(study: Study, patients: float, noise_sd: float) -> float | None:
+    """Standard deviation that the noise leaves in an AUC of 0.80, as ``expected``; None where it would drown it."""
+    auc = expected(study, patients, noise_sd).auc
+    return None if auc is None else auc.noise_sd
+
+
+def noise_in_auc_in_words(patients: int, noise_sd: float | None) -> str:
+    """The same for a terminal, with what it takes for granted."""
+    told = "drown an AUC of 0.80" if noise_sd is None else f"move an AUC of 0.80 by {noise_sd:.3g} (standard deviation)"
+    who = counted(patients, "patient")
+    return f"with {who} held out at all hospitals together, half of them of each class, the noise would {told}"
+
+
+def expected(study: Study, patients: float, noise_sd: float) -> Metrics:
     """What the figures would look like with ``patients`` held out and a model of AUC 0.80, half of them of each class: to see
-    beforehand how wrong they will be. Scores are normal in the logit, 1.19 standard deviations apart."""
+    beforehand how wrong they will be; unequal classes make it worse. Scores are normal in the logit, 1.19 standard
+    deviations apart."""
     bins = _bins(study)
     edges = np.arange(1, bins) / bins
     logits = np.concatenate([[-math.inf], np.log(edges / (1 - edges)), [math.inf]])

@@ -2,13 +2,15 @@
 
 A hospital writes an *enrolment document* (signed by its identity), hands it to the coordinator and to the other
 hospitals by a way of their own choosing, and reads its fingerprint to them. The coordinator puts the documents into one
-*roster*; a position in it is a hospital's number in every message. A study pins the roster's hash.
+*roster*; a position in it is a hospital's number in every message. A study pins the roster's hash. A roster only ever grows
+at its end, so that positions stay what they are: one that the study's own begins is an *extension* of it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -17,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from medfed.errors import ConfigError, PrivacyError, RemoteProtocolError
 from medfed.identity import Identity, check_node_key, check_public, fingerprint, verify
 from medfed.seams import Files
+from medfed.study import Study
 from medfed.wire import enc
 
 Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -76,6 +79,12 @@ def check_nominal_patients(nominal_patients: int) -> None:
         raise ConfigError(203, f"{nominal_patients} patients", "declare a whole number from 1 to 100000000")
 
 
+def require_small_delta(delta: float, nominal_patients: int, remedy: str) -> None:
+    """Raise ``PrivacyError`` MF-131 if ``delta`` exceeds a tenth of 1 in so many patients of one hospital."""
+    if delta * nominal_patients > 0.1:
+        raise PrivacyError(131, f"delta {delta:g} exceeds a tenth of 1 in {nominal_patients} patients", remedy)
+
+
 def enrol(identity: Identity, hospital: str, node_key: str, nominal_patients: int) -> Enrolment:
     """Write and sign an enrolment document."""
     check_nominal_patients(nominal_patients)
@@ -124,10 +133,32 @@ class Roster(_Document):
         for entry in self.hospitals:
             entry.check()
 
+    def begins(self, digest: bytes, hospitals: int) -> bool:
+        """Whether this coordinator's first ``hospitals`` hospitals are the roster whose hash ``digest`` is."""
+        if hospitals > len(self.hospitals):
+            return False
+        return self.model_copy(update={"hospitals": self.hospitals[:hospitals]}).hash() == digest
+
+    def extends(self, study: Study) -> bool:
+        """Whether this is the roster that the study pins, or an extension of it."""
+        return self.begins(bytes.fromhex(study.cohort.roster_sha256), study.cohort.hospitals)
+
+    def patients_at_start(self, study: Study) -> int:
+        """Declared patients of the hospitals that the study began with: the weights of updates are shares of these, whoever
+        joins, so that a state is the same under every extension."""
+        return self.patients_of(range(study.cohort.hospitals))
+
     @property
     def identities(self) -> tuple[bytes, ...]:
         """Ed25519 public keys by position."""
         return tuple(entry.public for entry in self.hospitals)
+
+    def patients_of(self, positions: Iterable[int]) -> int:
+        """Declared patients of these hospitals together. MF-111 for a position that is not in the roster."""
+        found = list(positions)
+        if any(position >= len(self.hospitals) for position in found):
+            raise RemoteProtocolError(111, "a survivor is not in the roster", "refused")
+        return sum(self.hospitals[position].nominal_patients for position in found)
 
     @property
     def nominal_patients(self) -> int:

@@ -94,7 +94,10 @@ class Files(Protocol):
         ...
 
     def database(self, path: Path, *, create: bool) -> sqlite3.Connection:
-        """An SQLite connection in autocommit mode. ``create`` makes a missing file (0600), else it is refused (MF-401)."""
+        """An SQLite connection in autocommit mode. ``create`` makes a missing file (0600), else it is refused (MF-401).
+
+        So is one with a second name (MF-204): locks and journals are found by name.
+        """
         ...
 
     def scratch(self, folder: Path) -> Scratch:
@@ -256,7 +259,7 @@ class SystemFiles:
                 raise MedfedError(
                     620,
                     f"{path.name} is held by another process",
-                    "stop the medfed command that runs in this folder first",
+                    "end the medfed command that runs in this folder first (a hospital: medfed-client stop)",
                 ) from error
             yield
 
@@ -268,6 +271,7 @@ class SystemFiles:
         return SystemScratch(handle, folder)
 
     def database(self, path: Path, *, create: bool) -> sqlite3.Connection:
+        _refuse_links(path)
         if not create and not path.exists():
             raise MedfedError(401, f"{path.name} not found", "restore it; a lost ledger is never begun anew")
         if create:
@@ -302,6 +306,20 @@ class SystemScratch:
 
     def close(self) -> None:
         os.close(self._handle)
+
+
+def _refuse_links(path: Path) -> None:
+    """MF-204 for a symbolic link, or a file that has another name as well."""
+    try:
+        status = path.lstat()
+    except OSError:  # not there, or not to be seen: whoever opens it says so
+        return
+    if stat.S_ISLNK(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_nlink > 1):
+        raise EnvironmentFault(
+            204,
+            f"{path.name} is a link, or another name links to it",
+            "copy the file instead (also in backups): two names would be two hospitals writing one ledger",
+        )
 
 
 def _sync_folder(folder: Path) -> None:

@@ -231,23 +231,60 @@ class Quantization(StrictModel):
     """The grid of what is masked and summed.
 
     ``range`` bounds a coordinate of one hospital's word: of its clipped sum, which saturates beyond it before the noise;
-    with ``aggregate = "update"`` of its weighted update, where saturation costs utility only.
+    with ``aggregate = "update"`` of its weighted update, where saturation costs utility only. ``rounding``: to the nearest
+    point of the grid, or at random to one of the two beside it, which is right in the mean: for updates alone, whose noise is in
+    them before they are rounded.
     """
 
     ring_bits: Literal[16, 32]
     range: Annotated[float, Field(gt=0.0, le=1e9)]
+    rounding: Literal["nearest", "stochastic"] = "nearest"
 
 
 class Cohort(StrictModel):
+    """Who is summed. ``hospitals``: in the roster when the study begins. ``colluders``: c, how many may conspire with the
+    coordinator. ``fewest_survivors``: m, no sum of fewer is ever opened; ``hospitals`` where every one is needed (strict).
+    ``most_hospitals``: no sum of more: the ring and its grid are sized for so many, joiners included.
+    """
+
     hospitals: Annotated[int, Field(ge=3, le=128)]
     colluders: Annotated[int, Field(ge=1, le=126)]
+    fewest_survivors: Annotated[int, Field(ge=3, le=128)]
+    most_hospitals: Annotated[int, Field(ge=3, le=128)]
     roster_sha256: Sha256
 
     @model_validator(mode="after")
     def _honest(self) -> Cohort:
         if self.hospitals - self.colluders < 2:
             raise ValueError("hospitals - colluders must be at least 2")
+        if not least_survivors(self.hospitals, self.colluders) <= self.fewest_survivors <= self.hospitals:
+            raise ValueError(
+                f"{self.hospitals} hospitals of which {self.colluders} may conspire need fewest_survivors of "
+                f"{least_survivors(self.hospitals, self.colluders)} to {self.hospitals}"
+            )
+        if self.most_hospitals < self.hospitals:
+            raise ValueError("most_hospitals is less than hospitals")
         return self
+
+    @property
+    def drop_outs(self) -> int:
+        """How many of ``hospitals`` a round can do without."""
+        return self.hospitals - self.fewest_survivors
+
+    @property
+    def honest_survivors(self) -> int:
+        """m - c: at least so many honest hospitals are in every sum that is opened."""
+        return self.fewest_survivors - self.colluders
+
+
+def least_survivors(hospitals: int, colluders: int) -> int:
+    """The smallest m for n hospitals of which c may conspire: floor((n + c + 1) / 2) + 1, and n where that is more.
+
+    m + t > n + c with t = m - 1: beside a certificate at most n - m honest hospitals released fast, so c colluders hold fewer
+    than t shares of a drop-out's self mask. Two certificates in one round would need 2m <= n + c votes. *Source* design of the
+    secure aggregation, section 7.
+    """
+    return min(hospitals, (hospitals + colluders + 1) // 2 + 1)
 
 
 class Deadlines(StrictModel):
@@ -312,6 +349,10 @@ class Study(StrictModel):
                 'aggregate = "update" needs privacy.mode = "local": clipping does not bound how far one patient moves the '
                 "weights after several local steps, so shares of noise inside the secure sum would not hide it"
             )
+        if self.quantization.rounding == "stochastic" and self.training.aggregate != "update":
+            raise ValueError(
+                'rounding = "stochastic" is for aggregate = "update": the price of rounding before noise is not known'
+            )
         if self.model.first_model_sha256 is None:
             raise ValueError("model.first_model_sha256 is missing")
         if self.data.kind not in READS[self.model.name]:
@@ -344,6 +385,15 @@ class Study(StrictModel):
         return tuple(stages)
 
     @property
+    def rounds_by_kind(self) -> dict[str, int]:
+        """How many of the released sums are of statistics, training and metrics; kinds that the study has not are left out."""
+        return {stage.kind: stage.last_round - stage.first_round + 1 for stage in self.stages}
+
+    def kind_of_round(self, number: int) -> StageKind:
+        """What round ``number`` = 1, 2, ... of ``released_sums`` is about."""
+        return next(stage.kind for stage in self.stages if stage.first_round <= number <= stage.last_round)
+
+    @property
     def attempts(self) -> int:
         """Length of the fixed list of attempts that approval reserves."""
         return sum(stage.attempts for stage in self.stages)
@@ -365,8 +415,10 @@ class Study(StrictModel):
 
 
 def load_study(files: Files, path: Path) -> Study:
-    """Read ``study.toml``; every fault is one ``ConfigError`` line, a seed anywhere in it MF-133, what would couple patients
-    MF-160."""
+    """Read ``study.toml``; every fault is one ``ConfigError`` line (MF-100 for a folder), a seed anywhere in it MF-133, what
+    would couple patients MF-160."""
+    if path.is_dir():
+        raise ConfigError(100, f"{path.name} is a folder", "name the study's file in it, such as study.toml")
     values = read_values(files, path)
     refuse_coupling(values, path.name)
     try:

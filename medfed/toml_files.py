@@ -27,6 +27,8 @@ _POSITION = re.compile(r"^(?P<what>.*) \(at (?:line (?P<line>\d+), column (?P<co
 # before parsing. Possessive quantifiers and the look-behind keep this search itself linear.
 _KEY_PART = r"""(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')"""
 _LONG_KEY = re.compile(rf"(?<![\w-])(?:{_KEY_PART}[ \t]*+\.[ \t]*+){{64}}")
+# Python prints no whole number of more than 4300 digits, and refuses to read one, but for these forms.
+_LONG_NUMBER = re.compile(r"(?<![\w-])0[box][0-9A-Fa-f_]{1000}")
 
 
 class StrictModel(BaseModel):
@@ -77,6 +79,12 @@ def validate(values: Mapping[str, object], name: str, model: type[Model]) -> Mod
         raise _explain(error.errors(include_url=False), name, model) from None
 
 
+def first_fault(error: ValidationError) -> str:
+    """``epsilon must be above 0, not -1``: the first fault of values that came from elsewhere than a file."""
+    first = error.errors(include_url=False)[0]
+    return f"{_dotted(first['loc'])} {_in_words(first)}".strip()
+
+
 def quoted(text: str) -> str:
     """``text`` as a TOML basic string; what does not print (controls, bidirectional overrides) stands escaped."""
     return '"' + "".join(_escaped(character) for character in text) + '"'
@@ -106,6 +114,8 @@ def _decode(data: bytes, name: str) -> dict[str, object]:
         raise ConfigError(201, f"{name} is not UTF-8 at {line}:{column}", "save it as UTF-8") from None
     if _LONG_KEY.search(text):
         raise ConfigError(201, f"{name} is nested too deeply", "write flat tables")
+    if _LONG_NUMBER.search(text):
+        raise ConfigError(201, f"{name} holds a number that is too long", "correct the file")
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -5,7 +5,8 @@ width stand as they are, all others carry a 4-byte length, lists a 2-byte count.
 SHA-256 of everything before it. A frame that is longer, shorter, of another version or kind, or that has a byte left over
 is refused with a code; no other exception leaves ``decode``.
 
-What a hospital may send (the whole list): ``OfferReply``, ``Upload``, ``StateAccepted``, ``Finished``, ``Refusal``.
+What a hospital may send (the whole list): ``OfferReply``, ``Upload``, ``Vote``, ``Release``, ``StateAccepted``,
+``Finished``, ``Refusal``.
 Their lengths depend on the study alone, never on patients. Flower carries them and adds its own: node id, times, and, where
 a request could not be answered at all, the class name of the exception instead of a frame (docs/trust.md).
 """
@@ -13,7 +14,7 @@ a request could not be answered at all, the class name of the exception instead 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Annotated, ClassVar, TypeVar, get_args, get_type_hints
@@ -24,9 +25,12 @@ from medfed.identity import SIGNATURE_BYTES, Identity, verify
 MAGIC = b"MFW"
 VERSION = 1
 _HEADER_BYTES = len(MAGIC) + 2
-_OVERHEAD_BYTES = 1 << 20  # all fields but the vectors of the largest message: 128 offers, 4096 heads of ledgers
+_OVERHEAD_BYTES = 1 << 21  # all fields but the vector of the largest message: 128 offers, MOST_HEADS heads of ledgers
 
 HEAD_BYTES = 8 + 32 + SIGNATURE_BYTES  # of a ledger: number, hash, signature (medfed/witness.py)
+
+MOST_HEADS = 128 * 128 + 128
+"""In a round: 128 hospitals may each keep another head of every peer, and the coordinator one more of each."""
 
 NO_POSITION = 0xFFFF  # a hospital that has not approved the study has no position in it
 
@@ -53,6 +57,8 @@ class Refused(IntEnum):
     HEADS_MISSING = 12  # heads of ledgers that this hospital told are not relayed, or did not grow with the rounds
     STATEMENT = 13  # the privacy statement is not the one this hospital works out
     OUT_OF_HOURS = 14  # this hospital takes part at other times of the day: ask again later
+    SURVIVORS = 15  # this hospital does not vote on these survivors, or does not release for them
+    OTHER_ROSTER = 16  # the request counts hospitals that are not in the roster approved here
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +88,19 @@ Bytes16 = Annotated[bytes, _Fixed(16)]
 Bytes32 = Annotated[bytes, _Fixed(32)]
 Bytes64 = Annotated[bytes, _Fixed(64)]
 Offer = Annotated[bytes, _Variable(1024)]
+Pieces = tuple[bytes | memoryview, ...]
 Vector = Annotated[bytes | memoryview, _Variable(None)]  # read from a frame: a view of it, never a copy
+VectorInPieces = Annotated[bytes | memoryview | Pieces, _Variable(None)]  # to be sent; read as a vector
 Document = Annotated[bytes, _Variable(1 << 15)]
 Offers = Annotated[tuple[bytes, ...], _Items(1024, 128)]
 Attestations = Annotated[tuple[bytes, ...], _Items(2 + SIGNATURE_BYTES, 128)]  # BE16 position ‖ signature
 HeadBytes = Annotated[bytes, _Fixed(HEAD_BYTES)]
-Heads = Annotated[tuple[bytes, ...], _Items(2 + HEAD_BYTES, 4096)]  # BE16 position ‖ head, zero where none is known
+Positions = Annotated[bytes, _Variable(2 * 128)]  # BE16 each, ascending
+Votes = Annotated[tuple[bytes, ...], _Items(2 + SIGNATURE_BYTES, 128)]  # BE16 voter ‖ signature
+Boxes = Annotated[tuple[bytes, ...], _Items(2 + 48, 127)]  # BE16 sender ‖ box
+ReleaseBytes = Annotated[bytes, _Variable(35 * 127 + SIGNATURE_BYTES)]
+Heads = Annotated[tuple[bytes, ...], _Items(2 + HEAD_BYTES, 128)]  # BE16 position ‖ head, zero where none is known
+AllHeads = Annotated[tuple[bytes, ...], _Items(2 + HEAD_BYTES, MOST_HEADS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +127,10 @@ class SetupRequest(Message):
 class RoundRequest(Message):
     """Coordinator -> hospital: train at state ``round`` (rounds completed) and upload.
 
-    ``total`` is the released ring sum that leads from state round - 1 to state round (empty for round 0). The same
-    attempt keeps its nonce, so that a request repeated after a crash is answered with identical bytes. ``heads``: every
-    one that a hospital told in this session, and the newest of each ledger; the pads are bound to them.
+    ``total`` is the released ring sum that leads from state round - 1 to state round, over the uploads of ``survivors``; both
+    are empty for round 0. The same attempt keeps its nonce, so that a request repeated after a crash is answered with
+    identical bytes. ``heads``: every one that a hospital told in this session, and the newest of each ledger; the pads are
+    bound to them.
     """
 
     KIND: ClassVar[int] = 2
@@ -126,7 +140,8 @@ class RoundRequest(Message):
     round: U32
     state_hash: Bytes32
     offers: Offers
-    heads: Heads
+    heads: AllHeads
+    survivors: Positions
     total: Vector
 
 
@@ -156,7 +171,36 @@ class Finish(Message):
     heads: Heads
     statement: Document
     statement_signature: Bytes64
+    survivors: Positions
     total: Vector
+
+
+@dataclass(frozen=True, slots=True)
+class VoteRequest(Message):
+    """Coordinator -> hospital: these uploaded in the attempt, others did not; sign that you will help to open their sum alone."""
+
+    KIND: ClassVar[int] = 5
+    session: Bytes16
+    nonce: Bytes16
+    attempt: U32
+    survivors: Positions
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseRequest(Message):
+    """Coordinator -> hospital: release what opens the sum over ``survivors``.
+
+    ``votes``: of survivors, none where the whole cohort uploaded. ``boxes``: those that the other survivors closed for this
+    hospital.
+    """
+
+    KIND: ClassVar[int] = 6
+    session: Bytes16
+    nonce: Bytes16
+    attempt: U32
+    survivors: Positions
+    votes: Votes
+    boxes: Boxes
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +232,7 @@ class Upload(Message):
     round: U32
     attestation: Bytes64
     head: HeadBytes
-    payload: Vector
+    payload: VectorInPieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +250,7 @@ class Finished(Message):
     """Hospital -> coordinator: what its signed statement (docs/privacy_statement.md) says beyond the study's: its own ledger.
 
     ``head``: the row that ended the study. ``signature`` covers the whole statement: study, final state, model and the
-    coordinator's statement included.
+    coordinator's statement included; ``attestation`` the final state alone, for hospitals that took no part in the last round.
     """
 
     KIND: ClassVar[int] = 19
@@ -217,6 +261,7 @@ class Finished(Message):
     epsilon_spent_micro: U32
     head: HeadBytes
     signature: Bytes64
+    attestation: Bytes64
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,8 +274,45 @@ class Refusal(Message):
     reason: U16
 
 
-FROM_COORDINATOR: tuple[type[Message], ...] = (SetupRequest, RoundRequest, StateTransfer, Finish)
-FROM_HOSPITAL: tuple[type[Message], ...] = (OfferReply, Upload, StateAccepted, Finished, Refusal)
+@dataclass(frozen=True, slots=True)
+class Vote(Message):
+    """Hospital -> coordinator: the one survivor set of this attempt, signed."""
+
+    KIND: ClassVar[int] = 21
+    nonce: Bytes16
+    position: U16
+    attempt: U32
+    vote: Bytes64
+
+
+@dataclass(frozen=True, slots=True)
+class Release(Message):
+    """Hospital -> coordinator: shares of survivors' self masks, seeds shared with drop-outs; never both of one peer."""
+
+    KIND: ClassVar[int] = 22
+    nonce: Bytes16
+    position: U16
+    attempt: U32
+    released: ReleaseBytes
+
+
+FROM_COORDINATOR: tuple[type[Message], ...] = (
+    SetupRequest,
+    RoundRequest,
+    VoteRequest,
+    ReleaseRequest,
+    StateTransfer,
+    Finish,
+)
+FROM_HOSPITAL: tuple[type[Message], ...] = (
+    OfferReply,
+    Upload,
+    Vote,
+    Release,
+    StateAccepted,
+    Finished,
+    Refusal,
+)
 _KINDS = {kind.KIND: kind for kind in FROM_COORDINATOR + FROM_HOSPITAL}
 
 MessageT = TypeVar("MessageT", bound=Message)
@@ -248,6 +330,11 @@ _LAYOUTS = {kind: _layout(kind) for kind in _KINDS.values()}
 def upload_size_bytes(payload_bytes: int) -> int:
     """Length of an ``Upload`` with such a payload, whoever sends it and whatever it holds."""
     return _HEADER_BYTES + sum(_empty_width(rule) for _, rule in _LAYOUTS[Upload]) + payload_bytes + SIGNATURE_BYTES
+
+
+def release_size_bytes(payload_bytes: int) -> int:
+    """Length of a ``Release`` with such a payload."""
+    return _HEADER_BYTES + sum(_empty_width(rule) for _, rule in _LAYOUTS[Release]) + payload_bytes + SIGNATURE_BYTES
 
 
 def _empty_width(rule: _Unsigned | _Fixed | _Variable | _Items) -> int:
@@ -286,6 +373,8 @@ def _pack(
         return (value,)
     if isinstance(rule, _Variable) and isinstance(value, bytes | memoryview) and _fits(rule, value):
         return len(value).to_bytes(4, "big"), value
+    if isinstance(rule, _Variable) and rule.limit is None and isinstance(value, tuple):
+        return sum(map(len, value)).to_bytes(4, "big"), *value
     if (
         isinstance(rule, _Items)
         and isinstance(value, tuple)
@@ -396,6 +485,36 @@ def expect(message: Message, kind: type[MessageT]) -> MessageT:
     if not isinstance(message, kind):
         raise RemoteProtocolError(104, f"{type(message).__name__} instead of {kind.__name__}", "refused")
     return message
+
+
+def pack_positions(positions: Iterable[int]) -> bytes:
+    """``Positions`` as they travel."""
+    return b"".join(position.to_bytes(2, "big") for position in positions)
+
+
+def read_positions(data: bytes) -> tuple[int, ...]:
+    """``Positions``, strictly ascending; MF-103 if they are not."""
+    found = tuple(int.from_bytes(data[start : start + 2], "big") for start in range(0, len(data), 2))
+    if len(data) % 2 or list(found) != sorted(set(found)):
+        raise _malformed()
+    return found
+
+
+def one_piece(vector: bytes | memoryview | Pieces) -> bytes | memoryview:
+    """A ``VectorInPieces`` as it is once it was read."""
+    return b"".join(vector) if isinstance(vector, tuple) else vector
+
+
+def numbered(items: Iterable[tuple[int, bytes]]) -> tuple[bytes, ...]:
+    """``Votes`` or ``Boxes`` as they travel: BE16 position ‖ bytes."""
+    return tuple(position.to_bytes(2, "big") + data for position, data in items)
+
+
+def read_numbered(items: tuple[bytes, ...], size: int) -> tuple[tuple[int, bytes], ...]:
+    """``Votes`` or ``Boxes`` of ``size`` bytes each; MF-103 for another length."""
+    if any(len(item) != 2 + size for item in items):
+        raise _malformed()
+    return tuple((int.from_bytes(item[:2], "big"), item[2:]) for item in items)
 
 
 def state_statement(study_hash: bytes, completed_rounds: int, state_hash: bytes) -> bytes:

@@ -63,7 +63,7 @@ def signed_bytes(seq: int, digest: bytes) -> bytes:
     return enc(b"medfed/ledger/head/v1", seq.to_bytes(_SEQ_BYTES, "big"), digest)
 
 
-@functools.lru_cache(maxsize=1 << 12)
+@functools.lru_cache(maxsize=1 << 15)  # as many as a round may hold, and more
 def checked(data: bytes, public: bytes) -> Head:
     """The head in ``data``, signed by ``public``; else ``RemoteProtocolError`` MF-103, MF-110.
 
@@ -82,6 +82,11 @@ def item(position: int, head: Head | None) -> bytes:
     return position.to_bytes(_POSITION_BYTES, "big") + (head.to_bytes() if head else NO_HEAD)
 
 
+def position_of(each: bytes) -> int:
+    """Whose head an entry of a message's ``heads`` holds, or would hold."""
+    return int.from_bytes(each[:_POSITION_BYTES], "big")
+
+
 def read_heads(items: Iterable[bytes], identities: Sequence[bytes]) -> tuple[tuple[int, Head], ...]:
     """Position and head of every entry that holds one; what is malformed or forged is left out, and logged.
 
@@ -89,7 +94,7 @@ def read_heads(items: Iterable[bytes], identities: Sequence[bytes]) -> tuple[tup
     """
     found, forged = [], 0
     for each in items:
-        position, data = int.from_bytes(each[:_POSITION_BYTES], "big"), each[_POSITION_BYTES:]
+        position, data = position_of(each), each[_POSITION_BYTES:]
         if data == NO_HEAD:
             continue
         try:

@@ -55,8 +55,10 @@ def sigmoid(values: NDArray[np.floating]) -> NDArray[np.floating]:
 
 def softmax(values: NDArray[np.floating]) -> NDArray[np.floating]:
     """Softmax over the columns of [n, k], added up column by column."""
-    raised = np.exp(values - values.max(axis=1, keepdims=True))
-    total = np.zeros(len(values), values.dtype)
-    for column in range(values.shape[1]):
-        total += raised[:, column]
-    return np.asarray(raised / total[:, None])
+    # of weights so absurd that values overflow: whoever uses the result refuses it, or takes it for nothing
+    with np.errstate(over="ignore", invalid="ignore"):
+        raised = np.exp(values - values.max(axis=1, keepdims=True))
+        total = np.zeros(len(values), values.dtype)
+        for column in range(values.shape[1]):
+            total += raised[:, column]
+        return np.asarray(raised / total[:, None])

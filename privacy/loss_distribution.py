@@ -48,6 +48,8 @@ _INTERVAL = 1e-4
 # of a grid step over the standard deviation of one event's loss: it widens the sum's variance by 1/12 of its square, about .03%
 _INTERVALS_PER_SD = 16
 _LEAST_MULTIPLIER = 0.3  # least noise sampled events may have: with less the grid of the loss grows beyond reason
+_MOST_CELLS, _MOST_COMPOSED = 1 << 20, 1 << 22  # of a grid of losses, of one event and of many: seconds, and half a GiB
+_TRUNCATED = 1e-15  # what dp_accounting moves of a composed list's mass to an infinite loss
 _CUT_OFF = 1e-4  # of delta: what all events' noise beyond the grid may add to it
 _TINY = 1e-300
 _ROUNDING = 1e-9  # relative: covers float64, so that figures come out rounded up
@@ -146,11 +148,38 @@ def _sampled_epsilon(sampled: Sequence[Events], mu: float, delta: float) -> floa
         return None
     interval = min(_interval(each) for each in sampled)
     reach = math.ceil(math.sqrt(2 * math.log(count / (_CUT_OFF * delta))))
-    total = _loss(1 / mu, 1.0, interval, reach) if mu else None
-    for each in sampled:
-        many = _loss(each.multiplier, each.sampling_rate, interval, reach).self_compose(each.count)
+    events = [(each.multiplier, each.sampling_rate, each.count) for each in sampled]
+    if mu:
+        events.append((1 / mu, 1.0, 1))
+    if any(_cells(multiplier, rate, interval, reach) > _MOST_CELLS for multiplier, rate, _ in events):
+        return None
+    total = None
+    for multiplier, rate, times in events:
+        many = _composed(_loss(multiplier, rate, interval, reach), times)
+        if many is None:
+            return None
         total = many if total is None else total.compose(many)
     return None if total is None else float(total.get_epsilon_for_delta(left))
+
+
+def _cells(multiplier: float, rate: float, interval: float, reach: int) -> float:
+    """How many cells the grid of an event's loss has: known before it is made."""
+    low, high = _ends(multiplier, rate, reach)
+    return (high - low) / interval
+
+
+def _composed(loss: PrivacyLossDistribution, times: int) -> PrivacyLossDistribution | None:
+    """So many of these events; None where the grid of their sum, whose length dp_accounting bounds as here, is too long."""
+    from dp_accounting.pld.common import compute_self_convolve_bounds
+
+    if times == 1:
+        return loss
+    for pmf in (loss._pmf_remove, loss._pmf_add):
+        if pmf.size * times > _MOST_COMPOSED:
+            low, high = compute_self_convolve_bounds(pmf.to_dense_pmf()._probs, times, _TRUNCATED)
+            if high - low > _MOST_COMPOSED:
+                return None
+    return loss.self_compose(times, _TRUNCATED)
 
 
 def _interval(events: Events) -> float:
@@ -173,7 +202,7 @@ def _loss(multiplier: float, rate: float, interval: float, reach: int) -> Privac
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
     mu = 1 / multiplier
-    ends = [_sampled_loss(sign * mu * reach + mu**2 / 2 * sign, rate) for sign in (-1.0, 1.0)]
+    ends = _ends(multiplier, rate, reach)
 
     def pmf(low: float, high: float, deltas: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> PLDPmf:
         first, last = math.floor(low / interval), math.ceil(high / interval)
@@ -191,6 +220,12 @@ def _loss(multiplier: float, rate: float, interval: float, reach: int) -> Privac
         return np.where(part > _TINY, rate * part * np.exp(epsilons) * whole, 0.0)
 
     return PrivacyLossDistribution(pmf(ends[0], ends[1], removed), pmf(-ends[1], -ends[0], added))
+
+
+def _ends(multiplier: float, rate: float, reach: int) -> tuple[float, float]:
+    """Least and greatest loss on the grid, of removing a patient."""
+    far = reach / multiplier + multiplier**-2 / 2
+    return _sampled_loss(-far, rate), _sampled_loss(far, rate)
 
 
 def _sampled_loss(loss: float, rate: float) -> float:

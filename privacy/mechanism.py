@@ -136,7 +136,7 @@ class Mechanism:
         """The mechanism that ``to_json`` wrote; ``ConfigError`` (MF-203) for any other text."""
         try:
             mechanism = cls._read(json.loads(text))
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ConfigError(203, "mechanism is malformed", "restore the file it stands in") from error
         need(mechanism.to_json() == text, "mechanism is not in canonical form", "restore the file it stands in")
         return mechanism

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 
 from medfed.identity import fingerprint
 from medfed.privacy.statement import PrivacyFile, SignedByHospital
@@ -51,7 +52,7 @@ def page(file: PrivacyFile, roster: Roster) -> str:
 def _stamps(file: PrivacyFile) -> list[str]:
     if not file.stamps:
         return []
-    told = [f"> **{stamp}**  " for stamp in file.stamps]
+    told = [f"> **{stamp}** (the coordinator's word)  " for stamp in file.stamps]
     more = "> The parties' keys were made for this rehearsal on one machine: **no hospital signed it.**"
     return [*told, *([more] if file.is_simulation else []), ""]
 
@@ -103,8 +104,11 @@ def _numbers(file: PrivacyFile) -> Iterator[str]:
             f"{file.attempts_used} used of {file.attempts_approved} approved, {file.released_sums} sums released",
         ),
         ("of them for statistics, for metrics", f"{file.statistics_attempts}, {file.metrics_attempts}"),
-        ("hospitals m, conspiring hospitals withstood c", f"{file.cohort}, {file.colluders}"),
-        ("noise in the sum over what is needed", f"{file.excess_noise:.3g} times the variance"),
+        (
+            "hospitals n, fewest in a sum m, conspiring hospitals withstood c",
+            f"{file.cohort}, {file.fewest_survivors}, {file.colluders}",
+        ),
+        ("noise in a sum of all hospitals over what is needed", f"{file.excess_noise:.3g} times the variance"),
         ("chance that a sum overflows (spoils the model, not privacy)", f"{file.wrap_probability:.1g}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in file.versions.items())),
     ):
@@ -132,6 +136,8 @@ def _bounds(file: PrivacyFile) -> Iterator[tuple[str, str]]:
 
 def _signers(file: PrivacyFile, roster: Roster) -> Iterator[str]:
     signed = {each.position: each for each in file.hospitals}
+    is_own_copy = len(signed) == 1  # no run ends with so few
+    absent = [entry.hospital for position, entry in enumerate(roster.hospitals) if position not in signed]
     yield (
         "Each hospital that signed worked epsilon and the model out by itself and found them as stated here. Its signature also "
         "names the row that ended the study in its own ledger. Fingerprints are of the enrolment documents."
@@ -140,14 +146,24 @@ def _signers(file: PrivacyFile, roster: Roster) -> Iterator[str]:
     yield "| hospital | attempts charged | epsilon spent | ledger row | signed | fingerprint |"
     yield "|-|-|-|-|-|-|"
     for position, entry in enumerate(roster.hospitals):
-        yield f"| {entry.hospital} | {_charged(signed.get(position))} | `{entry.fingerprint}` |"
+        missing = "not in this copy" if is_own_copy else "not signed"
+        yield f"| {entry.hospital} | {_charged(signed.get(position), missing)} | `{entry.fingerprint}` |"
     yield ""
-    yield f"Coordinator: `{fingerprint(bytes.fromhex(roster.coordinator))}`. Its word alone are the journal and the versions."
+    if absent and not is_own_copy:
+        yield (
+            f"**Not signed by {', '.join(absent)}**: by the coordinator's word they could not be reached when the run ended. "
+            "What is promised holds for their patients as well, but they have not confirmed it, nor what their ledgers charged."
+        )
+        yield ""
+    yield (
+        f"Coordinator: `{fingerprint(bytes.fromhex(roster.coordinator))}`. Its word alone are the journal, the versions, and how "
+        "the run is stamped, or that it is not."
+    )
 
 
-def _charged(mine: SignedByHospital | None) -> str:
+def _charged(mine: SignedByHospital | None, missing: str) -> str:
     if mine is None:
-        return " |  |  | **not in this copy**"
+        return f" |  |  | **{missing}**"
     spent = mine.epsilon_spent_micro / 1e6
     return f"{mine.attempts_charged} | {rounded_up(spent)} | {mine.ledger_seq}: `{mine.ledger_sha256[:16]}…` | yes"
 
@@ -165,17 +181,18 @@ def _belongings(file: PrivacyFile) -> Iterator[str]:
 
 
 def rounded_up(value: float) -> str:
-    """Four digits, rounded up: a bound never reads smaller than it is."""
-    if value <= 0.0:
-        return "0"
-    digits = 3 - math.floor(math.log10(value))
-    scale = 10.0**digits
-    return f"{math.ceil(round(value * scale, 6)) / scale:.4g}"
+    """Four digits, rounded up: a bound never reads smaller than it is. Exact: of the shortest number that reads back the same."""
+    return f"{float(Context(prec=4, rounding=ROUND_CEILING).create_decimal(repr(value))):.4g}"
+
+
+def rounded_down(value: float) -> str:
+    """The same rounded down: what is left never reads larger than it is."""
+    return f"{float(Context(prec=4, rounding=ROUND_FLOOR).create_decimal(repr(value))):.4g}"
 
 
 def times(value: float) -> str:
-    """e^epsilon in few digits, rounded up."""
+    """e^epsilon in few digits, rounded up; of large ones the power of ten above it."""
     if value > 20.0:
-        return "hundreds of millions of"
+        return f"10^{math.ceil(value / math.log(10.0))}"
     factor = math.exp(value)
     return f"{math.ceil(factor * 100) / 100:.2f}" if factor < 100 else f"{math.ceil(factor):,}"

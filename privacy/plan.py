@@ -32,7 +32,7 @@ class Plan:
     ``statistics_words``, ``statistics_exponent`` and ``statistics_noise_sd`` are those of the sum before round 1, 0 without.
     ``metrics_words``, ``metrics_exponent`` and ``metrics_noise_sd`` are those of the sum after the last round, likewise.
     ``mechanism``: what the stated guarantee counts: this hospital's noise (``local``), or the shares of the
-    hospitals - colluders that are surely honest (``distributed``).
+    fewest_survivors - colluders that are surely honest in every sum (``distributed``).
     ``own_mechanism``: this hospital's noise alone, which is what remains should the secure sum fail.
     ``wrap_probability``: bound on the chance that any word of any attempt wraps; costs utility, never privacy.
     """
@@ -102,6 +102,15 @@ class Plan:
         """The smaller of them."""
         return self.bounds_after(attempts).epsilon
 
+    def trained_epsilon_after(self, attempts: int) -> float:
+        """The same of a patient who trains: whoever is held out for the metrics pays ``metrics_epsilon`` instead."""
+        return accounting.bounds(replace(self.mechanism, aside=()), attempts, self.delta).epsilon
+
+    @property
+    def metrics_epsilon(self) -> float | None:
+        """What a patient held out for the metrics pays, in full from the first attempt of the study on; None without metrics."""
+        return max((accounting.bounds(each, 1, self.delta).epsilon for each in self.mechanism.aside), default=None)
+
     def running_epsilon(self, attempts: int) -> float:
         """An upper bound on ``epsilon_after`` at once, for a line of progress."""
         return accounting.running(self.mechanism, attempts, self.epsilon, self.delta)
@@ -122,7 +131,7 @@ def make_plan(study: Study, words: int) -> Plan:
     Raises: ``PrivacyError`` MF-145 if the ring is too narrow for the sum and its noise, or the grid of the noise so coarse
     that its rounding would add more than a tenth to the sensitivity.
     """
-    parties, bits = study.cohort.hospitals, study.quantization.ring_bits
+    parties, bits = study.cohort.most_hospitals, study.quantization.ring_bits
     noise_exponent, noise_limit = _noise_grid(study)
     clip = study.privacy.clipping_norm * 2.0**noise_exponent
     if math.sqrt(words) > clip / 10:
@@ -166,7 +175,7 @@ def make_plan(study: Study, words: int) -> Plan:
 
 def _ring_grid(study: Study) -> tuple[int, int]:
     """Exponent and limit of what is masked."""
-    parties, bits = study.cohort.hospitals, study.quantization.ring_bits
+    parties, bits = study.cohort.most_hospitals, study.quantization.ring_bits
     return quantize.grid_exponent(bits, parties, study.quantization.range), quantize.limit(bits, parties)
 
 
@@ -188,8 +197,7 @@ def _mechanisms(study: Study, words: int) -> tuple[Mechanism, Mechanism]:
     # the noise is scaled to the sensitivity on the grid, rounding included, so that the multiplier is the true ratio
     sensitivity = accounting.sensitivity(privacy.clipping_norm, exponent, words)
     needed_sd = privacy.noise_multiplier * sensitivity
-    honest = study.cohort.hospitals - study.cohort.colluders
-    shares = honest if privacy.mode == "distributed" else 1
+    shares = study.cohort.honest_survivors if privacy.mode == "distributed" else 1
     share_sd = needed_sd / math.sqrt(shares)
 
     def seen(observed: int) -> Mechanism:
@@ -214,7 +222,7 @@ def _mechanisms(study: Study, words: int) -> tuple[Mechanism, Mechanism]:
 def _statistics_exponent(study: Study) -> int:
     if study.statistics is None or study.statistics.range is None:
         raise ConfigError(203, "statistics.range is missing", "plan the study again")
-    return quantize.grid_exponent(study.quantization.ring_bits, study.cohort.hospitals, study.statistics.range)
+    return quantize.grid_exponent(study.quantization.ring_bits, study.cohort.most_hospitals, study.statistics.range)
 
 
 def _statistics_mechanism(study: Study, observed: int, shares: int) -> tuple[Mechanism, ...]:
@@ -230,7 +238,7 @@ def _statistics_mechanism(study: Study, observed: int, shares: int) -> tuple[Mec
 def _metrics_exponent(study: Study) -> int:
     if study.metrics is None or study.metrics.range is None:
         raise ConfigError(203, "metrics.range is missing", "plan the study again")
-    return quantize.grid_exponent(study.quantization.ring_bits, study.cohort.hospitals, study.metrics.range)
+    return quantize.grid_exponent(study.quantization.ring_bits, study.cohort.most_hospitals, study.metrics.range)
 
 
 def _metrics_mechanism(study: Study, observed: int, shares: int) -> tuple[Mechanism, ...]:
@@ -245,7 +253,7 @@ def _metrics_mechanism(study: Study, observed: int, shares: int) -> tuple[Mechan
 
 def calibrate_metrics(study: Study, epsilon: float) -> Study:
     """``study`` with the least noise in its metrics that keeps a held-out patient within ``epsilon``. MF-203 as ``calibrate``."""
-    shares = study.cohort.hospitals - study.cohort.colluders if study.privacy.mode == "distributed" else 1
+    shares = study.cohort.honest_survivors if study.privacy.mode == "distributed" else 1
 
     def draft(noise_multiplier: float) -> Study:
         asked = (

@@ -15,11 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medfed.errors import ConfigError, LocalProtocolError
+from medfed.privacy.keystream import Keystream
 
 RING_BITS = (16, 32)
 FLOAT32_EXACT = 2**24 - 1
-BLOCK = 1 << 16  # numbers worked on at once: half a megabyte an array, which stays in the processor's cache
+BLOCK = 1 << 15  # numbers worked on at once: a quarter of a megabyte an array, so two stay in the second-level cache
 _EXPONENTS = range(-512, 513)
+# Added to |x| < 2^51 it leaves no room below the ones in a float64's 52 bits: the processor rounds, ties to even, and the
+# integer stands in the low bits. Faster than rint and a conversion, which numpy does one number at a time.
+_ROUNDER = 1.5 * 2.0**52
+_ROUNDER_BITS = int(np.float64(_ROUNDER).view(np.int64))
 
 RingWords = NDArray[np.uint16] | NDArray[np.uint32]
 RingIntegers = NDArray[np.int16] | NDArray[np.int32]
@@ -57,22 +62,65 @@ def grid_exponent(ring_bits: int, parties: int, value_range: float) -> int:
     return exponent
 
 
-def quantize(vector: NDArray[np.float64], exponent: int, bound: int) -> NDArray[np.int64]:
-    """``rint(clip(x 2^e, -L, L))``, ties to even; ``bound`` is ``limit(...)`` or less.
+def quantize(
+    vector: NDArray[np.float64], exponent: int, bound: int, out: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
+    """``rint(clip(x 2^e, -L, L))``, ties to even; ``exponent`` is that of ``grid_exponent``, ``bound`` ``limit(...)`` or less.
+
+    ``out``: int64[d], contiguous, to write to instead of new memory; ``vector.view(np.int64)`` overwrites the vector itself.
+    Scratch memory is 32 KiB.
 
     *Guarantees* Unsaturated values err by at most 2^-(e+1); values out of range saturate and never wrap; vectors that
-    differ by y come out at most \\|y\\| 2^e + sqrt(d) apart. Raises ``LocalProtocolError`` (MF-184) for NaN or infinity.
+    differ by y come out at most \\|y\\| 2^e + sqrt(d) apart. Raises ``LocalProtocolError`` (MF-184) for NaN or infinity;
+    ``out`` then holds nothing of use.
     """
-    words = np.empty(vector.size, np.int64)
+    words = _buffer(vector, out)
     for start in range(0, vector.size, BLOCK):
-        part = vector[start : start + BLOCK]
-        if not np.isfinite(part).all():
-            raise LocalProtocolError(184, "the vector to send is not finite", "check the records and the learning rate")
-        with np.errstate(over="ignore", under="ignore"):
-            scaled = np.ldexp(part, exponent)
-        np.clip(scaled, -bound, bound, out=scaled)
-        words[start : start + BLOCK] = np.rint(scaled, out=scaled)
+        _round_block(vector[start : start + BLOCK], exponent, bound, words[start : start + BLOCK])
     return words
+
+
+def quantize_stochastic(
+    vector: NDArray[np.float64], exponent: int, bound: int, key: bytes, out: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
+    """``clip(x 2^e, -L, L)`` rounded up with the probability of its fraction, to 1/256 of a step: right in the mean.
+
+    For what has its noise already, and little of it: numbers far below a step that ``quantize`` makes 0 in every round, so that
+    they never add up, here do. Where noise is half a step or more ``quantize`` is all but right in the mean too, and errs by 0.29
+    steps in the root mean square instead of 0.41.
+    ``key``: 32 fresh bytes, of this vector only. ``out`` and errors as ``quantize``. The sensitivity that
+    ``privacy.mechanism`` charges for rounding before noise is not proven for this one.
+
+    *Guarantees* Unsaturated values err by less than 2^-e, and values out of range saturate.
+
+    *Source* design, section 8: ``(rint(x 2^e 256) + byte of AES keystream) >> 8``.
+    """
+    words, coins = _buffer(vector, out), Keystream(key)
+    for start in range(0, vector.size, BLOCK):
+        block = words[start : start + BLOCK]
+        _round_block(vector[start : start + BLOCK], exponent + 8, bound << 8, block)
+        np.add(block, coins.words(-(-block.size // 8)).view(np.uint8)[: block.size], out=block)
+        np.right_shift(block, 8, out=block)
+    return words
+
+
+def _buffer(vector: NDArray[np.float64], out: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    words = np.empty(vector.size, np.int64) if out is None else out
+    if words.shape != vector.shape:
+        raise LocalProtocolError(180, "vector and buffer differ in length", "report this as a defect")
+    return words
+
+
+def _round_block(values: NDArray[np.float64], exponent: int, bound: int, words: NDArray[np.int64]) -> None:
+    """Scaled, saturated, rounded: into ``words``, which may be the memory of ``values``."""
+    if not np.isfinite(values).all():
+        raise LocalProtocolError(184, "the vector to send is not finite", "check the records and the learning rate")
+    scaled = words.view(np.float64)
+    with np.errstate(over="ignore", under="ignore"):
+        np.multiply(values, math.ldexp(1.0, exponent), out=scaled)
+    np.clip(scaled, -bound, bound, out=scaled)
+    np.add(scaled, _ROUNDER, out=scaled)
+    np.subtract(words, _ROUNDER_BITS, out=words)
 
 
 def dequantize(total: NDArray[np.int64], exponent: int) -> NDArray[np.float64]:

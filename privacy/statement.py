@@ -54,11 +54,12 @@ class Statement(_Document):
     (null where that bound has none), as ``accountant`` says. ``epsilon_spent``: of the attempts used.
     ``epsilon_own_noise_alone``: what is left of the guarantee should the secure sum fail. ``events_per_attempt``: the local
     steps of a round, each a mechanism of its own; the update they make is post-processing. ``statistics_attempts``: events
-    before round 1, of all patients, all of them counted in every epsilon. ``excess_noise``: variance of the noise in the sum
-    over the variance the guarantee needs, as all hospitals add theirs. ``parameters``: d. ``state_sha256`` names the final
-    model state, ``model_sha256`` the file of the released weights, ``journal_sha256`` the last line of the coordinator's
-    journal. ``stamps``: what the run must not be mistaken for; empty for a run at hospitals. Hospitals vouch for all but
-    ``journal_sha256``, ``stamps`` and ``versions``, which are the coordinator's word.
+    before round 1, of all patients, all of them counted in every epsilon. ``cohort``: n, hospitals in the roster that the study
+    began with; ``fewest_survivors``: m, no sum of fewer was opened. ``excess_noise``: variance of the noise in a sum of n over
+    the variance the guarantee needs. ``parameters``: d. ``state_sha256`` names the final model state, ``model_sha256`` the
+    file of the released weights, ``journal_sha256`` the last line of the coordinator's journal. ``stamps``: what the run must
+    not be mistaken for; empty for a run at hospitals. Hospitals vouch for all but ``journal_sha256``, ``stamps`` and
+    ``versions``, which are the coordinator's word.
     """
 
     format: Literal["medfed-privacy-1"]
@@ -88,6 +89,7 @@ class Statement(_Document):
     released_sums: Count
     cohort: Count
     colluders: Count
+    fewest_survivors: Count
     excess_noise: float
     wrap_probability: float
     holds_against: Text
@@ -120,8 +122,8 @@ class HospitalStatement(_Document):
     """What one hospital signs: which study, roster, model and statement; and how its own ledger stood when the study ended.
 
     ``attempts_charged``: events this hospital's ledger charged for the study; an attempt that never reached it is not among
-    them. ``epsilon_spent_micro``: of those, in whole millionths, rounded up. ``ledger_*``: the row that ended the study, and the
-    hospital's signature over it, which the ledger itself holds.
+    them, so that it is 0 for one that was away all the time. ``epsilon_spent_micro``: of those, in whole millionths, rounded
+    up. ``ledger_*``: the row that ended the study, and the hospital's signature over it, which the ledger itself holds.
     """
 
     format: Literal["medfed-hospital-statement-1"]
@@ -133,7 +135,7 @@ class HospitalStatement(_Document):
     state_sha256: Hex32
     model_sha256: Hex32
     statement_sha256: Hex32
-    attempts_charged: Annotated[int, Field(ge=1, le=0xFFFFFFFF)]
+    attempts_charged: Annotated[int, Field(ge=0, le=0xFFFFFFFF)]
     epsilon_spent_micro: Annotated[int, Field(ge=0, le=0xFFFFFFFF)]
     ledger_seq: Annotated[int, Field(ge=1, le=0xFFFFFFFF)]
     ledger_sha256: Hex32
@@ -159,7 +161,10 @@ class SignedByHospital(HospitalStatement):
 
 
 class PrivacyFile(Statement):
-    """``privacy.json``: the statement, the coordinator's signature over it, and what the hospitals signed."""
+    """``privacy.json``: the statement, the coordinator's signature over it, and what the hospitals signed.
+
+    ``hospitals``: in the roster's order; those are missing that could not be reached when the run ended.
+    """
 
     coordinator_signature: Hex64
     hospitals: Annotated[list[SignedByHospital], Field(max_length=128)]
@@ -190,9 +195,9 @@ def holds_against(study: Study) -> str:
 
 
 def excess_noise(study: Study) -> float:
-    """Variance of the noise in the sum over the variance the guarantee needs: m/(m - c) of shares, m in ``local`` mode."""
+    """Variance of the noise in a sum of all over the variance the guarantee needs: n/(m - c) of shares, n in ``local`` mode."""
     cohort = study.cohort
-    needed = cohort.hospitals - cohort.colluders if study.privacy.mode == "distributed" else 1
+    needed = cohort.honest_survivors if study.privacy.mode == "distributed" else 1
     return cohort.hospitals / needed
 
 
@@ -227,6 +232,7 @@ def statement(study: Study, roster: Roster, plan: Plan, ending: Ending) -> State
         released_sums=study.released_sums,
         cohort=cohort.hospitals,
         colluders=cohort.colluders,
+        fewest_survivors=cohort.fewest_survivors,
         excess_noise=excess_noise(study),
         wrap_probability=plan.wrap_probability,
         holds_against=holds_against(study),
@@ -242,31 +248,37 @@ def statement(study: Study, roster: Roster, plan: Plan, ending: Ending) -> State
 def hospital_statement(
     said: Statement, roster: Roster, position: int, charged: tuple[int, int], head: Head
 ) -> HospitalStatement:
-    """What the hospital at ``position`` signs. ``charged``: attempts, and their epsilon in whole millionths."""
+    """What the hospital at ``position`` signs. ``charged``: attempts, and their epsilon in whole millionths.
+
+    Raises MF-194 for figures that no statement can hold: they may be those of anybody at the other end.
+    """
     attempts, micro = charged
-    return HospitalStatement(
-        format="medfed-hospital-statement-1",
-        hospital=roster.hospitals[position].hospital,
-        position=position,
-        identity=roster.hospitals[position].identity,
-        study_sha256=said.study_sha256,
-        roster_sha256=said.roster_sha256,
-        state_sha256=said.state_sha256,
-        model_sha256=said.model_sha256,
-        statement_sha256=said.hash().hex(),
-        attempts_charged=attempts,
-        epsilon_spent_micro=micro,
-        ledger_seq=head.seq,
-        ledger_sha256=head.hash.hex(),
-        ledger_signature=head.signature.hex(),
-    )
+    try:
+        return HospitalStatement(
+            format="medfed-hospital-statement-1",
+            hospital=roster.hospitals[position].hospital,
+            position=position,
+            identity=roster.hospitals[position].identity,
+            study_sha256=said.study_sha256,
+            roster_sha256=said.roster_sha256,
+            state_sha256=said.state_sha256,
+            model_sha256=said.model_sha256,
+            statement_sha256=said.hash().hex(),
+            attempts_charged=attempts,
+            epsilon_spent_micro=micro,
+            ledger_seq=head.seq,
+            ledger_sha256=head.hash.hex(),
+            ledger_signature=head.signature.hex(),
+        )
+    except ValidationError as error:
+        raise RemoteProtocolError(194, "figures beyond what a statement can hold", "ask the hospital") from error
 
 
-def require_plausible(mine: HospitalStatement, said: Statement, plan: Plan) -> None:
-    """Raise MF-194 unless a hospital's own figures fit the run's: no completed round without a charge, no charge without an
-    attempt, and its epsilon is that of the attempts it charged."""
+def require_plausible(mine: HospitalStatement, said: Statement, plan: Plan, survived: int) -> None:
+    """Raise MF-194 unless a hospital's own figures fit the run's: no sum with its upload in it without a charge (``survived`` of
+    them), no charge without an attempt, and its epsilon is that of the attempts it charged."""
     where = f"{mine.hospital}'s statement"
-    if not said.released_sums <= mine.attempts_charged <= said.attempts_used:
+    if not survived <= mine.attempts_charged <= said.attempts_used:
         raise RemoteProtocolError(194, f"{where} says {mine.attempts_charged} attempts were charged", "ask it")
     expected = accounting.micro(plan.epsilon_after(mine.attempts_charged))
     if abs(mine.epsilon_spent_micro - expected) > 1 + AGREEMENT * expected:

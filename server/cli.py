@@ -8,16 +8,18 @@ import datetime
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medfed.command import Parser, new_parser, refuse_rehearsal_options, report, run_command, say, say_lines
 from medfed.display import shown
 from medfed.errors import ConfigError, ExitStatus
 from medfed.process import keep_secrets
+from medfed.wording import counted, rounds_by_kind
 
 if TYPE_CHECKING:
     from medfed.roster import Roster
     from medfed.seams import Seams
+    from medfed.server.study_folder import Extension
 
 CONFIG = Path("server.toml")
 
@@ -89,8 +91,29 @@ def _add_study(commands: argparse._SubParsersAction[Parser]) -> None:
         help="local: each hospital's own noise suffices; distributed: the noise adds up in the secure sum",
     )
     new.add_argument("--unit", choices=["patient", "record"], required=True, help="who is protected")
+    new.add_argument(
+        "--drop-outs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="hospitals that a round can do without (default 0: every one is needed)",
+    )
+    new.add_argument(
+        "--most-hospitals",
+        type=int,
+        metavar="N",
+        help="the most in a sum, hospitals that join later included (default: as many as are enrolled)",
+    )
     new.add_argument("--replace", action="store_true", help="replace the study that is there")
     _add_folder(new, _new)
+    extend = actions.add_parser(
+        "extend",
+        help="put hospitals at the end of the roster of a study that goes on",
+        description="Hospitals join a study between two runs of medfed-server run, without a new study: the roster beside "
+        "it grows at its end. Every hospital's people approve that roster before theirs takes part again.",
+    )
+    extend.add_argument("files", type=Path, nargs="+", metavar="FILE", help="enrolment.json of a hospital that joins")
+    _add_folder(extend, _extend)
     check = actions.add_parser("check", help="explain a study in plain words, and check its files")
     check.add_argument("file", type=Path, nargs="?", default=Path("study/study.toml"), help="default: study/study.toml")
     _add_json(check)
@@ -143,11 +166,11 @@ def _enroll(arguments: argparse.Namespace) -> int:
 
 def _roster_in_words(roster: Roster, before: Roster | None) -> Iterable[str]:
     known = {entry.hospital: entry for entry in before.hospitals} if before else {}
-    yield f"{len(roster.hospitals)} hospitals. Compare the fingerprints with them by telephone:"
+    yield f"{counted(len(roster.hospitals), 'hospital')}. Compare the fingerprints with them by telephone:"
     for position, entry in enumerate(roster.hospitals):
         old = known.get(entry.hospital)
         note = "new" if old is None else "" if old == entry else "renewed" if old.public == entry.public else "NEW KEYS"
-        yield f"  {position:3} {shown(entry.hospital)}, {entry.nominal_patients} patients declared {note}".rstrip()
+        yield f"  {position:3} {shown(entry.hospital)}, {counted(entry.nominal_patients, 'patient')} declared {note}".rstrip()
         yield f"      {entry.fingerprint}"
     yield "A study pins the roster: plan it (medfed-server study new) once all are in."
 
@@ -190,6 +213,8 @@ def _new(arguments: argparse.Namespace) -> int:
         mode=arguments.mode,
         unit=arguments.unit,
         colluders=arguments.colluders,
+        drop_outs=arguments.drop_outs,
+        most_hospitals=arguments.most_hospitals,
     )
     study, model_file = plan_study(load_task(seams.files, arguments.task), decisions, roster)
     lines = list(in_words(check(study, roster, seams.clock.wall())))
@@ -198,6 +223,35 @@ def _new(arguments: argparse.Namespace) -> int:
     say_lines(lines)
     say("Give study.toml, roster.json and first_model.safetensors to every hospital.")
     return ExitStatus.HANDLED
+
+
+def _extend(arguments: argparse.Namespace) -> int:
+    from medfed.seams import system_seams
+    from medfed.server.setup import CONFIG_NAME, load_office
+    from medfed.server.study_folder import extend_roster
+
+    office = load_office(system_seams(), arguments.folder / CONFIG_NAME)
+    files = office.seams.files
+    with files.lock(office.folder / "run.lock"):
+        made = extend_roster(files, office.study_path, arguments.files)
+    say_lines(_extension_in_words(made))
+    return ExitStatus.HANDLED
+
+
+def _extension_in_words(made: Extension) -> Iterable[str]:
+    hospitals, cohort = made.roster.hospitals, made.study.cohort
+    yield f"{counted(len(hospitals), 'hospital')} in the roster of {shown(made.study.study.name)}. New:"
+    for position, entry in list(enumerate(hospitals))[-made.joined :]:
+        yield f"  {position:3} {shown(entry.hospital)}, {counted(entry.nominal_patients, 'patient')} declared"
+        yield f"      {entry.fingerprint}"
+    yield f"A sum needs {cohort.fewest_survivors} hospitals and holds {cohort.most_hospitals} at most."
+    if len(hospitals) > cohort.most_hospitals:
+        yield "  There are more now: the others wait until one is away."
+    yield "Next:"
+    yield "  1. give study.toml, roster.json and first_model.safetensors to the new hospitals, roster.json to all others"
+    yield "  2. they exchange the new enrolment documents, and read each other the fingerprints"
+    yield "  3. at every hospital: medfed-client approve study.toml --peers NEW.json ...   then medfed-client run"
+    yield "  4. medfed-server run: it goes on from the last round, with those that have approved"
 
 
 def _day_to_come(text: str, wall_s: float) -> str:
@@ -248,12 +302,22 @@ def _status(arguments: argparse.Namespace) -> int:
     return ExitStatus.HANDLED
 
 
-def _status_in_words(status: dict[str, object]) -> Iterable[str]:
+def _status_in_words(status: dict[str, Any]) -> Iterable[str]:
+    from medfed.privacy.page import rounded_up
+
+    kinds: dict[str, int] = status["rounds_by_kind"]
     yield f"{status['study']}: {'running' if status['running'] else 'not running'}, {status['what']}"
-    yield f"  round {status['round']} of {status['rounds']}, attempt {status['attempts_used']} of {status['attempts']}"
-    yield f"  epsilon {status['epsilon_spent']:.4g} of {status['epsilon']:.4g}"
+    rounds = f"round {status['round']} of {status['rounds']}{rounds_by_kind(kinds)}"
+    yield f"  {rounds}, attempt {status['attempts_used']} of {status['attempts']}"
+    known, at_most = status["epsilon_spent"], status["epsilon_spent_at_most"]
+    spent = f"at most {rounded_up(at_most)}" if known is None else rounded_up(known)
+    yield f"  epsilon spent {spent} of {rounded_up(status['epsilon'])}"
+    if "metrics" in kinds and status["attempts_used"]:
+        yield "  (of a patient held out for the metrics it was spent in full with the first attempt)"
     if status["failed"]:
         yield f"  stopped: {status['failed']}"
+    elif not status["running"] and status["what"] != "done":
+        yield "  it ended without a word, as if killed; it goes on from there: medfed-server run"
 
 
 if __name__ == "__main__":

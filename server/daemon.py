@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from medfed.wire import frame_limit_bytes
 
 log = logging.getLogger("medfed.server")
 
+STOPPED = "stopped"
+
 
 def load_assignment(office: Office) -> Assignment:
     """The study that ``server.toml`` names, with its attachments beside it, every pin checked.
@@ -41,7 +44,7 @@ def load_assignment(office: Office) -> Assignment:
     if study.expired(office.seams.clock.wall()):
         raise PrivacyError(120, f"study {study.study.name} expired on {study.study.expires}", "plan a new one")
     roster = load_roster(files, office.study_path.parent / ROSTER_NAME)
-    if roster.hash().hex() != study.cohort.roster_sha256:
+    if not roster.extends(study):
         raise PrivacyError(
             124, "roster.json is not the study's roster", "plan the study again: medfed-server study new"
         )
@@ -81,11 +84,13 @@ class StatusFile:
         if "waiting for" in what:
             log.info("%s", what)
         used = checkpoint.last_attempt
-        self._progress.update(checkpoint.state.completed_rounds, f"{what}, epsilon {self._spent(used):.3g}")
+        self._progress.update(checkpoint.state.completed_rounds, f"{what}, epsilon at most {self._at_most(used):.3g}")
         self.write(checkpoint, what)
 
     def write(self, checkpoint: Checkpoint, what: str, failed: str | None = None) -> None:
-        study, plan = self._assignment.study, self._assignment.plan
+        """``epsilon_spent`` is null as long as the run goes on: it takes a moment, and ``read_status`` works it out."""
+        study, plan, used = self._assignment.study, self._assignment.plan, checkpoint.last_attempt
+        has_ended = what in ("done", STOPPED)
         status = {
             "study": study.study.name,
             "study_sha256": study.hash().hex(),
@@ -93,15 +98,22 @@ class StatusFile:
             "failed": failed,
             "round": checkpoint.state.completed_rounds,
             "rounds": study.released_sums,
-            "attempts_used": checkpoint.last_attempt,
+            "rounds_by_kind": study.rounds_by_kind,
+            "attempts_used": used,
             "attempts": plan.attempts,
-            "epsilon_spent": self._spent(checkpoint.last_attempt),
+            "epsilon_spent": plan.epsilon_after(used) if has_ended else None,
+            "epsilon_spent_at_most": self._at_most(used),
             "epsilon": plan.epsilon,
             "updated": self._office.seams.clock.wall(),
         }
         self._office.seams.files.write(self._office.folder / "status.json", json.dumps(status, indent=1).encode())
 
-    def _spent(self, attempts: int) -> float:
+    def stopped(self, checkpoint: Checkpoint, error: Exception) -> None:
+        """Say why the run ends, also by an error that nobody expected."""
+        why = str(error) if isinstance(error, MedfedError) else f"ended by {type(error).__name__}, its log says more"
+        self.write(checkpoint, STOPPED, why)
+
+    def _at_most(self, attempts: int) -> float:
         return self._assignment.plan.running_epsilon(attempts)
 
 
@@ -123,13 +135,17 @@ def train_with(exchange: Exchange, config_path: Path, seams: Seams) -> Checkpoin
         del whole
         try:
             checkpoint = rounds.run()
-        except MedfedError as error:
-            observe.write(rounds.checkpoint, "stopped", str(error))
+        except Exception as error:
+            observe.stopped(rounds.checkpoint, error)
             raise
         record = rounds.record
         del rounds  # the last sum with it: what is left to do needs the memory
         checkpoint = replace(checkpoint, total=b"")
-        write_results(seams.files, folder, assignment, checkpoint, record)
+        try:
+            write_results(seams.files, folder, assignment, checkpoint, record)
+        except Exception as error:
+            observe.stopped(checkpoint, error)
+            raise
         observe.write(checkpoint, "done")
     log.info("the model is in %s", folder)
     return checkpoint
@@ -170,15 +186,29 @@ def _stored_bytes(assignment: Assignment) -> int:
     return 2 * frames * frame_limit_bytes(assignment.vector_limit_bytes)  # twice: a slot is larger than what is in it
 
 
-def read_status(config_path: Path, seams: Seams) -> dict[str, object]:
-    """What ``medfed-server status`` shows, with ``running`` told by the lock of the folder."""
+def read_status(config_path: Path, seams: Seams, *, exact: bool = True) -> dict[str, object]:
+    """What ``medfed-server status`` shows, with ``running`` told by the lock of the folder.
+
+    ``exact``: work out ``epsilon_spent`` of a run that goes on, which takes up to a second; else it stays null, and
+    ``epsilon_spent_at_most`` says what is known at once.
+    """
     office = load_office(seams, config_path)
     path = office.folder / "status.json"
     if not seams.files.exists(path):
         raise ConfigError(606, "nothing has run here yet", "medfed-server run server.toml")
     status: dict[str, object] = json.loads(seams.files.read(path))
     status["running"] = _is_running(office)
+    if exact and status["epsilon_spent"] is None:
+        status["epsilon_spent"] = _epsilon_spent(office, status)
     return status
+
+
+def _epsilon_spent(office: Office, status: Mapping[str, object]) -> float | None:
+    """Of the attempts in ``status``; None where the study beside it is another by now."""
+    study, used = load_study(office.seams.files, office.study_path), status["attempts_used"]
+    if study.hash().hex() != status["study_sha256"] or not isinstance(used, int):
+        return None
+    return make_plan(study, parameters.count(catalogue.build(study))).epsilon_after(used)
 
 
 def _is_running(office: Office) -> bool:

@@ -44,7 +44,7 @@ def model_file(study: Study, state: ModelState) -> bytes:
 class RunRecord:
     """What proves a finished run: the statement under the coordinator's signature, the journal, the hospitals' statements.
 
-    ``signed`` is filled as hospitals answer.
+    ``survived``: by position, how many sums hold that hospital's upload. ``signed`` is filled as hospitals answer.
     """
 
     said: Statement
@@ -52,6 +52,7 @@ class RunRecord:
     journal: bytes
     roster: Roster
     plan: Plan
+    survived: tuple[int, ...]
     signed: dict[int, SignedByHospital] = field(default_factory=dict)
 
     def take(self, position: int, message: Finished) -> None:
@@ -69,7 +70,7 @@ class RunRecord:
         mine = hospital_statement(self.said, self.roster, position, charged, Head.from_bytes(message.head))
         signed = SignedByHospital(**mine.model_dump(), signature=message.signature.hex())
         signed.check()
-        require_plausible(signed, self.said, self.plan)
+        require_plausible(signed, self.said, self.plan, self.survived[position])
         return signed
 
     @property
@@ -86,8 +87,12 @@ def open_record(
     study: Study, roster: Roster, plan: Plan, identity: Identity, checkpoint: Checkpoint, stamps: tuple[str, ...]
 ) -> RunRecord:
     """The record of a run whose last round is done, before any hospital has signed it."""
-    rounds = (Completed(r.round, r.attempt, bytes.fromhex(r.state_sha256), r.upload_bytes) for r in checkpoint.records)
-    signatures = [attestation[2:] for attestation in sorted(checkpoint.attestations)]  # without the position
+    rounds = (
+        Completed(r.round, r.attempt, bytes.fromhex(r.state_sha256), r.upload_bytes, r.survivors)
+        for r in checkpoint.records
+    )
+    attested = {int.from_bytes(each[:2], "big"): each[2:] for each in checkpoint.attestations}
+    signatures = [attested.get(position, b"") for position in range(len(roster.hospitals))]
     attempts = (checkpoint.last_attempt, plan.attempts)
     journal = write_journal(study.hash(), roster.hash(), attempts, rounds, signatures)
     ending = Ending(
@@ -99,4 +104,7 @@ def open_record(
         versions=versions(),
     )
     said = statement(study, roster, plan, ending)
-    return RunRecord(said, said.sign(identity), journal, roster, plan)
+    survived = tuple(
+        sum(position in record.survivors for record in checkpoint.records) for position in range(len(roster.hospitals))
+    )
+    return RunRecord(said, said.sign(identity), journal, roster, plan, survived)

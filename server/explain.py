@@ -11,12 +11,14 @@ from medfed.display import block, shown
 from medfed.errors import PrivacyError
 from medfed.model_choice import described
 from medfed.models import catalogue, parameters
+from medfed.privacy.page import rounded_up
 from medfed.privacy.plan import Plan, make_plan
+from medfed.privacy.secagg.protocol import AggregatorConfig
 from medfed.privacy.statement import NOT_CLAIMED, excess_noise, holds_against
-from medfed.roster import Roster
+from medfed.roster import Roster, require_small_delta
 from medfed.study import Study
-
-_HELD_OUT = 0.2
+from medfed.wire import upload_size_bytes
+from medfed.wording import counted
 
 
 class StudyCheck(TypedDict):
@@ -24,9 +26,11 @@ class StudyCheck(TypedDict):
     none), as ``accountant`` says. ``noise_sd_of_mean``: standard deviation of the noise in each coordinate of the
     released mean (of gradients clipped to ``clipping_norm``, or of the updates of local steps), null without the roster.
     ``statistics_noise_sd``: the same of a feature's mean before round 1, in halves of its public range.
-    ``metrics_auc_noise_sd``: what the noise would do to an AUC of 0.80 with a fifth of the declared patients held out; null
-    without the roster, or where it would drown it. ``grid_step`` and ``range`` are in units of the gradient or update;
-    ``wrap_probability`` is for all attempts and words together."""
+    ``epsilon_without_spares``: of a patient who trains; ``metrics_epsilon``: of one held out for the metrics, in full from the
+    first attempt on, null without. ``metrics_auc_noise_sd``: what the noise would do to an AUC of 0.80 with
+    ``held_out_patients`` at all hospitals together, a fifth of their patients; null without the roster, or where it would
+    drown it. ``vector_bytes``: of the masked numbers alone; ``upload_bytes_per_round``: of the whole message. ``grid_step`` and
+    ``range`` are in units of the gradient or update; ``wrap_probability`` is for all attempts and words together."""
 
     study: str
     study_sha256: str
@@ -37,6 +41,7 @@ class StudyCheck(TypedDict):
     parameters: int
     hospitals: int
     colluders: int
+    fewest_survivors: int
     rounds: int
     spare_attempts: int
     aggregate: str
@@ -59,27 +64,34 @@ class StudyCheck(TypedDict):
     statistics_attempts: int
     statistics_noise_sd: float | None
     metrics_attempts: int
+    metrics_epsilon: float | None
     metrics_noise_multiplier: float | None
+    held_out_patients: int | None
     metrics_auc_noise_sd: float | None
     ring_bits: int
     grid_step: float
     range: float
     wrap_probability: float
+    vector_bytes: int
     upload_bytes_per_round: int
     holds_against: str
     not_claimed: str
 
 
 def check(study: Study, roster: Roster | None, wall_s: float) -> StudyCheck:
-    """Work out a study. Raises MF-135 if it claims less epsilon than it costs, MF-145 if its ring is too narrow."""
+    """Work out a study. Raises MF-135 if it claims less epsilon than it costs, MF-145 if its ring is too narrow, MF-131 if its
+    delta is too large for the declared patients of a hospital in the roster: that hospital could not approve it."""
     plan = make_plan(study, parameters.count(catalogue.build(study)))
     if plan.epsilon > study.privacy.epsilon:
         what = f"the study states epsilon {study.privacy.epsilon:g}, it is {plan.epsilon:.4f}"
         raise PrivacyError(135, what, "plan it again: medfed-server study new")
     step = 2.0**-plan.exponent
-    noise = None
+    noise, held_out = None, None
     if roster is not None:
         noise = _noise_sd_of_mean(study, plan, roster)
+        largest = max(entry.nominal_patients for entry in roster.hospitals)
+        require_small_delta(study.privacy.delta, largest, f"plan it with a delta of at most 0.1 / {largest}")
+        held_out = None if study.metrics is None else round(metrics.held_out(roster.nominal_patients))
     return StudyCheck(
         study=study.study.name,
         study_sha256=study.hash().hex(),
@@ -90,6 +102,7 @@ def check(study: Study, roster: Roster | None, wall_s: float) -> StudyCheck:
         parameters=plan.words,
         hospitals=study.cohort.hospitals,
         colluders=study.cohort.colluders,
+        fewest_survivors=study.cohort.fewest_survivors,
         rounds=study.training.rounds,
         spare_attempts=study.training.spare_attempts,
         aggregate=study.training.aggregate,
@@ -102,8 +115,8 @@ def check(study: Study, roster: Roster | None, wall_s: float) -> StudyCheck:
         epsilon_rdp=plan.bounds.rdp,
         epsilon_pld=plan.bounds.pld,
         accountant=plan.bounds.accountant,
-        # whatever else a study has is paid for with the first attempt
-        epsilon_without_spares=plan.epsilon_after(study.training.rounds),
+        # statistics are paid for with the first attempt
+        epsilon_without_spares=plan.trained_epsilon_after(study.training.rounds),
         epsilon_own_noise_alone=plan.own_epsilon,
         delta=plan.delta,
         noise_multiplier=study.privacy.noise_multiplier,
@@ -113,13 +126,18 @@ def check(study: Study, roster: Roster | None, wall_s: float) -> StudyCheck:
         statistics_attempts=0 if study.statistics is None else study.statistics.attempts,
         statistics_noise_sd=None if roster is None else _statistics_noise_sd(study, plan, roster),
         metrics_attempts=0 if study.metrics is None else study.metrics.attempts,
+        metrics_epsilon=plan.metrics_epsilon,
         metrics_noise_multiplier=None if study.metrics is None else study.metrics.noise_multiplier,
-        metrics_auc_noise_sd=None if roster is None else _metrics_auc_noise_sd(study, plan, roster),
+        held_out_patients=held_out,
+        metrics_auc_noise_sd=None if held_out is None else _metrics_auc_noise_sd(study, plan, held_out),
         ring_bits=plan.ring_bits,
         grid_step=step,
         range=study.quantization.range,
         wrap_probability=plan.wrap_probability,
-        upload_bytes_per_round=plan.ring_words * plan.ring_bits // 8,
+        vector_bytes=plan.ring_words * plan.ring_bits // 8,
+        upload_bytes_per_round=upload_size_bytes(
+            AggregatorConfig.of_anybody(study, plan.ring_words).everybody.upload_bytes
+        ),
         holds_against=holds_against(study),
         not_claimed=NOT_CLAIMED,
     )
@@ -140,12 +158,9 @@ def _statistics_noise_sd(study: Study, plan: Plan, roster: Roster) -> float | No
     return sum_sd / roster.nominal_patients
 
 
-def _metrics_auc_noise_sd(study: Study, plan: Plan, roster: Roster) -> float | None:
-    if study.metrics is None:
-        return None
+def _metrics_auc_noise_sd(study: Study, plan: Plan, held_out: int) -> float | None:
     noise_sd = metrics.noise_sd_of_cell(plan.metrics_noise_sd, plan.metrics_exponent, study.cohort.hospitals)
-    auc = metrics.expected(study, round(_HELD_OUT * roster.nominal_patients), noise_sd).auc
-    return None if auc is None else auc.noise_sd
+    return metrics.noise_in_auc(study, held_out, noise_sd)
 
 
 def in_words(checked: StudyCheck) -> Iterator[str]:
@@ -154,21 +169,22 @@ def in_words(checked: StudyCheck) -> Iterator[str]:
     yield f"  hash {checked['study_sha256']}"
     yield from block(checked["purpose"])
     yield (
-        f"Trains {checked['model']} ({checked['parameters']} parameters) for {checked['rounds']} rounds, with "
-        f"{checked['spare_attempts']} spare attempts; each {checked['unit']} is in a "
+        f"Trains {checked['model']} ({counted(checked['parameters'], 'parameter')}) for {counted(checked['rounds'], 'round')}, "
+        f"with {counted(checked['spare_attempts'], 'spare attempt')}; each {checked['unit']} is in a "
         f"{'round' if checked['local_steps'] == 1 else 'step'} with chance {checked['sampling_rate']:g}."
     )
     if checked["local_steps"] > 1:
         yield f"  {checked['local_steps']} private steps a round at each hospital, each of them counted"
     yield (
-        f"Privacy: epsilon {checked['epsilon']:.4g} for all attempts (claimed {checked['epsilon_claimed']:g}), "
-        f"{checked['epsilon_without_spares']:.4g} without spares, at delta {checked['delta']:g} a {checked['unit']}."
+        f"Privacy: epsilon {rounded_up(checked['epsilon'])} for all attempts (claimed {checked['epsilon_claimed']:g}), "
+        f"{rounded_up(checked['epsilon_without_spares'])} of one who trains if no spare is needed, at delta "
+        f"{checked['delta']:g} a {checked['unit']}."
     )
-    pld = "no figure" if checked["epsilon_pld"] is None else f"{checked['epsilon_pld']:.4g}"
-    yield f"  the smaller of two bounds: privacy loss distribution {pld}, Renyi divergence {checked['epsilon_rdp']:.4g}"
+    pld = "no figure" if checked["epsilon_pld"] is None else rounded_up(checked["epsilon_pld"])
+    yield f"  the smaller of two bounds: privacy loss distribution {pld}, Renyi divergence {rounded_up(checked['epsilon_rdp'])}"
     yield "  a hospital's lifetime account counts by Renyi divergence"
     yield f"  mode {checked['mode']}: holds against {checked['holds_against']}"
-    yield f"  one hospital's noise alone: epsilon {checked['epsilon_own_noise_alone']:.4g}"
+    yield f"  one hospital's noise alone: epsilon {rounded_up(checked['epsilon_own_noise_alone'])}"
     yield f"  not claimed: {checked['not_claimed']}"
     yield (
         f"Noise: multiplier {checked['noise_multiplier']:g} on clipping norm {checked['clipping_norm']:g}; the sum holds "
@@ -180,26 +196,34 @@ def in_words(checked: StudyCheck) -> Iterator[str]:
         noise = checked["statistics_noise_sd"]
         yield (
             f"Statistics: before round 1, mean and scale of the numeric features from one sum over all patients, in at most "
-            f"{checked['statistics_attempts']} attempts, all counted above."
+            f"{counted(checked['statistics_attempts'], 'attempt')}, all counted above and charged in full with the first attempt."
         )
         if noise is not None:
             yield f"  in each mean: standard deviation {noise:.3g} of half the feature's range; useless where that is wide"
     if checked["metrics_attempts"]:
-        noise = checked["metrics_auc_noise_sd"]
-        told = (
-            "would drown an AUC" if noise is None else f"would move an AUC of 0.80 by {noise:.3g} (standard deviation)"
+        yield (
+            f"Metrics: after the last round, noised counts over held-out patients, in at most "
+            f"{counted(checked['metrics_attempts'], 'attempt')}, noise multiplier {checked['metrics_noise_multiplier']:g}."
         )
         yield (
-            f"Metrics: after the last round, noised counts over held-out patients, in at most {checked['metrics_attempts']} "
-            f"attempts, noise multiplier {checked['metrics_noise_multiplier']:g}; they are in nothing else."
+            f"  they are in nothing else: one held out pays epsilon {rounded_up(checked['metrics_epsilon'] or 0.0)}, charged in "
+            "full with the study's first attempt; the study's epsilon is that of whoever pays more"
         )
-        yield f"  with one held-out patient for every five declared, the noise {told}"
+        if checked["held_out_patients"] is not None:
+            told = metrics.noise_in_auc_in_words(checked["held_out_patients"], checked["metrics_auc_noise_sd"])
+            yield f"  {told}; taken for granted: a share of {metrics.ASSUMED_HOLDOUT:g} at every hospital"
     yield (
-        f"Cohort: {checked['hospitals']} hospitals, of which {checked['colluders']} may conspire with the coordinator; "
-        "all of them are needed in every round."
+        f"Cohort: {counted(checked['hospitals'], 'hospital')}, of which {checked['colluders']} may conspire with the "
+        f"coordinator; {_needed(checked['hospitals'], checked['fewest_survivors'])}."
     )
     yield (
         f"Sums: {checked['ring_bits']}-bit ring, steps of {checked['grid_step']:.3g}, a hospital's word saturates beyond "
         f"{checked['range']:g}; chance that any word wraps {checked['wrap_probability']:.1g}; "
-        f"{checked['upload_bytes_per_round']} bytes of vector an upload."
+        f"an upload is {checked['upload_bytes_per_round']:,} bytes, {checked['vector_bytes']:,} of them the masked vector."
     )
+
+
+def _needed(hospitals: int, fewest: int) -> str:
+    if fewest == hospitals:
+        return "all of them are needed in every round"
+    return f"{fewest} of them are needed in every round"

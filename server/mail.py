@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from medfed.errors import EnvironmentFault, MedfedError, RemoteProtocolError
 from medfed.seams import Clock
 from medfed.server.exchange import Exchange, Kind
 from medfed.wire import (
+    FROM_HOSPITAL,
     NO_POSITION,
-    Finished,
     Message,
-    OfferReply,
-    Refusal,
-    StateAccepted,
-    Upload,
     check_signature,
     decode,
 )
@@ -43,21 +39,21 @@ class Envelope:
     def open(self, position: int, frame: bytes) -> Message:
         """The checked reply of the hospital at ``position``. Raises ``RemoteProtocolError``."""
         message = decode(frame, vector_limit_bytes=self.vector_limit_bytes)
-        if not isinstance(message, OfferReply | Upload | StateAccepted | Finished | Refusal):
+        if not isinstance(message, FROM_HOSPITAL):
             raise RemoteProtocolError(104, "a reply of a kind that hospitals do not send", "refused")
         if message.study_hash != self.study_hash:
             raise RemoteProtocolError(112, "a reply about another study", "refused")
         check_signature(frame, self.identities[position])
-        if message.position not in (position, NO_POSITION):
+        if getattr(message, "position", None) not in (position, NO_POSITION):
             raise RemoteProtocolError(111, "a reply in another hospital's name", "refused")
         return message
 
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """The request: ``frame`` gives the same bytes for every hospital and every repeat; asked for when they are sent."""
+    """The request: ``frames`` gives the bytes by position, the same for every repeat; asked for when they are sent."""
 
-    frame: Callable[[], bytes]
+    frames: Callable[[Sequence[int]], Mapping[int, bytes]]
     kind: Kind
     timeout_s: float
 
@@ -83,6 +79,10 @@ class Mail:
         self._pauses: dict[int, float] = {}  # by position: how long the next repeat waits
         self._away: frozenset[int] = frozenset()
         self._look = 0.0
+
+    def away(self, position: int) -> bool:
+        """Whether that hospital was not connected at the last look."""
+        return position in self._away
 
     def again(self, position: int, after_s: float) -> None:
         """Send once more, soon."""
@@ -113,10 +113,10 @@ class Mail:
         due |= waiting & self._away & online
         self._away = waiting - online
         if ready := sorted(due & online):
-            frame = self._outgoing.frame()
+            frames = self._outgoing.frames(ready)
             for position in ready:
                 left = min(self._outgoing.timeout_s, self._end - now + 1)
-                self._exchange.send(position, self._outgoing.kind, frame, left)
+                self._exchange.send(position, self._outgoing.kind, frames[position], left)
                 pause = self._pauses.get(position, RESEND_S)
                 self._due[position], self._pauses[position] = now + pause, min(2 * pause, RESEND_AT_MOST_S)
         for position in due - online:

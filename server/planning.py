@@ -30,8 +30,9 @@ from medfed.study import (
     Study,
     Task,
     Training,
+    least_survivors,
 )
-from medfed.toml_files import StrictModel, read_values, validate
+from medfed.toml_files import StrictModel, first_fault, read_values, validate
 
 TEMPLATES = Path(__file__).parent / "templates"
 FEWEST_HOSPITALS = 3
@@ -52,6 +53,8 @@ class TaskFile(StrictModel):
     metrics: Metrics | None = None
     sampling_rate: Annotated[float, Field(gt=0.0, le=1.0)]
     clipping_norm: Annotated[float, Field(gt=0.0, le=1000.0)]
+    ring_bits: Literal[16, 32] = 32
+    rounding: Literal["nearest", "stochastic"] = "nearest"
     deadlines: Deadlines
 
 
@@ -61,25 +64,32 @@ def template_names() -> list[str]:
 
 
 def load_task(files: Files, name: str) -> TaskFile:
-    """A task file by path, or one of ``template_names``."""
+    """A task file by path, or one of ``template_names``. MF-203 if it is neither."""
     path = TEMPLATES / f"{name}.toml" if name in template_names() else Path(name)
     if not files.exists(path):
-        raise ConfigError(606, f"task {shown(name)} not found", f"name a file, or one of {', '.join(template_names())}")
+        raise ConfigError(
+            203, f"task {shown(name)} is not known", f"name a file, or one of {', '.join(template_names())}"
+        )
     values = read_values(files, path)
     refuse_coupling(values, path.name)
     return validate(values, path.name, TaskFile)
 
 
 def template_text(files: Files, name: str) -> str:
-    """A template as it is, comments and all: to copy and change. MF-606 if there is none of this name."""
+    """A template as it is, comments and all: to copy and change. MF-203 if there is none of this name."""
     if name not in template_names():
-        raise ConfigError(606, f"no task is called {shown(name)}", f"name one of {', '.join(template_names())}")
+        raise ConfigError(203, f"no task is called {shown(name)}", f"name one of {', '.join(template_names())}")
     return files.read(TEMPLATES / f"{name}.toml").decode()
 
 
 @dataclass(frozen=True, slots=True)
 class Decisions:
-    """What the coordinator decides for one study. ``epsilon`` holds for all attempts together."""
+    """What the coordinator decides for one study. ``epsilon`` holds for all attempts together.
+
+    ``drop_outs``: how many hospitals a round can do without; each takes a trip or two more of every round, and in
+    ``distributed`` mode noise: shares are then sized for fewer. ``most_hospitals``: the most that may ever be in a sum, those
+    who join later included; None for as many as are enrolled.
+    """
 
     name: str
     expires: str
@@ -88,6 +98,8 @@ class Decisions:
     mode: Literal["local", "distributed"]
     unit: Literal["patient", "record"]
     colluders: int
+    drop_outs: int = 0
+    most_hospitals: int | None = None
 
 
 def plan_study(task: TaskFile, decisions: Decisions, roster: Roster) -> tuple[Study, bytes]:
@@ -96,8 +108,8 @@ def plan_study(task: TaskFile, decisions: Decisions, roster: Roster) -> tuple[St
     A model with random first weights takes them from torch's generator, seeded by the operating system: first weights
     are public and carry no secret.
 
-    Raises: ``ConfigError`` MF-203 for values no study may have, ``PrivacyError`` MF-140 for fewer than 3 hospitals,
-    MF-145 for a ring too narrow.
+    Raises: ``ConfigError`` MF-203 for values no study may have, ``PrivacyError`` MF-140 for fewer than 3 hospitals, MF-142 for
+    too many drop-outs, MF-145 for a ring too narrow.
     """
     if len(roster.hospitals) < FEWEST_HOSPITALS:
         raise PrivacyError(
@@ -124,15 +136,13 @@ def plan_study(task: TaskFile, decisions: Decisions, roster: Roster) -> tuple[St
                 delta=decisions.delta,
                 epsilon=decisions.epsilon,
             ),
-            quantization=Quantization(ring_bits=32, range=sum_range),
-            cohort=Cohort(
-                hospitals=len(roster.hospitals), colluders=decisions.colluders, roster_sha256=roster.hash().hex()
-            ),
+            quantization=Quantization(ring_bits=task.ring_bits, range=sum_range, rounding=task.rounding),
+            cohort=_cohort(decisions, roster),
             deadlines=task.deadlines,
         )
     except ValidationError as error:
         raise ConfigError(
-            203, f"these decisions make no study: {_first_line(error)}", "see medfed-server study new -h"
+            203, f"these decisions make no study: {first_fault(error)}", "see medfed-server study new -h"
         ) from error
     model = catalogue.build(draft)
     model_file = parameters.to_safetensors(model, parameters.flatten(model))
@@ -189,6 +199,25 @@ def _with_update_range(study: Study, local: LocalSteps, words: int, roster: Rost
     return study.model_copy(update={"quantization": quantization})
 
 
+def _cohort(decisions: Decisions, roster: Roster) -> Cohort:
+    """Who is summed. Raises MF-142 for more drop-outs than the hospitals and colluders allow."""
+    hospitals = len(roster.hospitals)
+    most = hospitals - least_survivors(hospitals, decisions.colluders)
+    if not 0 <= decisions.drop_outs <= most:
+        raise PrivacyError(
+            142,
+            f"{decisions.drop_outs} drop-outs of {hospitals} hospitals with {decisions.colluders} colluders",
+            f"a round of them can do without {most} at most",
+        )
+    return Cohort(
+        hospitals=hospitals,
+        colluders=decisions.colluders,
+        fewest_survivors=hospitals - decisions.drop_outs,
+        most_hospitals=hospitals if decisions.most_hospitals is None else decisions.most_hospitals,
+        roster_sha256=roster.hash().hex(),
+    )
+
+
 def _sum_range(task: TaskFile, largest_hospital: int) -> float:
     """A power of two that no coordinate of a hospital's clipped sum exceeds if its size is as declared."""
     expected = task.sampling_rate * largest_hospital * task.clipping_norm
@@ -201,10 +230,3 @@ def _power_of_two_above(bound: float) -> float:
     if not 1e-300 < bound <= 2.0**29:  # a study's ranges end at 1e9
         raise ConfigError(203, f"a range of {bound:g} follows from the task", "correct its rates and its clipping norm")
     return 2.0 ** math.ceil(math.log2(bound))
-
-
-def _first_line(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    what = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {what}" if where else what

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from medfed import metrics
-from medfed.privacy.page import page
+from medfed.privacy.page import page, rounded_up, times
 from medfed.privacy.statement import Statement
 from medfed.seams import Files
 from medfed.server.ending import RunRecord, model_file
@@ -14,6 +15,7 @@ from medfed.server.rounds import Assignment
 from medfed.server.store import Checkpoint
 from medfed.server.study_file import render
 from medfed.study import Study
+from medfed.wording import counted, rounds_by_kind
 
 MODEL_NAME, STUDY_NAME = "model.safetensors", "study.toml"
 RECORD_NAMES = ("privacy.json", "privacy.md", "study.json", "roster.json", "journal.jsonl")
@@ -55,7 +57,7 @@ def held_out_metrics(assignment: Assignment, checkpoint: Checkpoint, *, noised: 
     study, plan = assignment.study, assignment.plan
     if study.metrics is None or checkpoint.state.completed_rounds < study.released_sums:
         return None
-    hospitals = study.cohort.hospitals if noised else 0
+    hospitals = len(checkpoint.records[-1].survivors) if noised else 0  # each adds its share of noise to the cells
     noise_sd = metrics.noise_sd_of_cell(plan.metrics_noise_sd, plan.metrics_exponent, hospitals)
     return metrics.from_cells(study, checkpoint.state.metrics, noise_sd)
 
@@ -64,11 +66,12 @@ def _result(assignment: Assignment, checkpoint: Checkpoint, said: Statement) -> 
     """The keys of every run; metrics are null, as exact metrics never leave a hospital."""
     seconds = sum(record.seconds for record in checkpoint.records)
     rounds = len(checkpoint.records)
-    found = held_out_metrics(assignment, checkpoint)
+    study, found = assignment.study, held_out_metrics(assignment, checkpoint)
     return {
-        "cohort": assignment.study.study.name,
-        "hospitals": assignment.study.cohort.hospitals,
-        "rounds": rounds,
+        "cohort": study.study.name,
+        "hospitals": study.cohort.hospitals,
+        "rounds": study.training.rounds,
+        "released_sums": rounds,
         "test_auc": None,
         "test_auc_sd": None,
         "pooled_auc": None,
@@ -83,7 +86,7 @@ def _result(assignment: Assignment, checkpoint: Checkpoint, said: Statement) -> 
         "seconds_per_round": round(seconds / max(rounds, 1), 4),
         "overhead_s_per_round": None,
         "upload_bytes_per_round": max((record.upload_bytes for record in checkpoint.records), default=0),
-        "dropped": 0,
+        "dropped": sum(max(0, study.cohort.hospitals - len(record.survivors)) for record in checkpoint.records),
         "attempts": checkpoint.last_attempt,
         "evaluation": _EVALUATIONS[found is not None],
         "held_out_metrics": [] if found is None else [found.to_json()],
@@ -103,17 +106,19 @@ def _report(assignment: Assignment, checkpoint: Checkpoint, said: Statement) -> 
         "",
         study.study.purpose,
         "",
-        f"A patient's data can change the odds of any conclusion drawn from this model by at most e^{said.epsilon:.4g}, "
-        f"up to delta = {said.delta:g} (unit: {said.unit}, adjacency: {said.adjacency}, mode: {said.mode}).",
+        f"A patient's data make no conclusion drawn from this model more than {times(said.epsilon)} times as likely (epsilon "
+        f"{rounded_up(said.epsilon)}), up to delta = {said.delta:g} (unit: {said.unit}, adjacency: {said.adjacency}, mode: "
+        f"{said.mode}).",
         f"It holds against {said.holds_against}. Not claimed: {said.not_claimed}.",
         "",
-        f"{len(checkpoint.records)} rounds, {checkpoint.last_attempt} of {said.attempts_approved} attempts used, "
-        f"epsilon spent {said.epsilon_spent:.4g}.",
+        f"{counted(len(checkpoint.records), 'round')}{rounds_by_kind(study.rounds_by_kind)}, {checkpoint.last_attempt} of "
+        f"{said.attempts_approved} attempts used, "
+        f"epsilon spent {rounded_up(said.epsilon_spent)}. This page is signed by nobody: `privacy.json` is.",
         "",
-        "| round | attempt | seconds | upload bytes a hospital |",
-        "|-|-|-|-|",
+        "| attempt | round | of | hospitals in the sum | seconds | upload bytes a hospital |",
+        "|-|-|-|-|-|-|",
+        *_attempts(study, checkpoint),
     ]
-    lines += [f"| {r.round} | {r.attempt} | {r.seconds:.3f} | {r.upload_bytes} |" for r in checkpoint.records]
     found = held_out_metrics(assignment, checkpoint)
     if found is not None:
         lines += [
@@ -125,6 +130,18 @@ def _report(assignment: Assignment, checkpoint: Checkpoint, said: Statement) -> 
     lines += ["", "| hospital | declared patients |", "|-|-|"]
     lines += [f"| {entry.hospital} | {entry.nominal_patients} |" for entry in assignment.roster.hospitals]
     return "\n".join(lines) + "\n"
+
+
+def _attempts(study: Study, checkpoint: Checkpoint) -> Iterator[str]:
+    """A line an attempt; those that were lost are charged like the others."""
+    done = {record.attempt: record for record in checkpoint.records}
+    for attempt in range(1, checkpoint.last_attempt + 1):
+        found = done.get(attempt)
+        if found is None:
+            yield f"| {attempt} | lost |  |  |  |  |"
+        else:
+            kind, summed = study.kind_of_round(found.round), len(found.survivors)
+            yield f"| {attempt} | {found.round} | {kind} | {summed} | {found.seconds:.3f} | {found.upload_bytes} |"
 
 
 def _json(value: dict[str, object]) -> bytes:

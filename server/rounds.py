@@ -8,8 +8,9 @@ last good model stays.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -18,7 +19,8 @@ from medfed.errors import EnvironmentFault, MedfedError, PrivacyError, ProtocolE
 from medfed.identity import Identity, verify
 from medfed.privacy.plan import Plan
 from medfed.privacy.secagg.aggregator import Aggregator
-from medfed.privacy.secagg.protocol import AggregatorConfig, parse_offer, split_offer
+from medfed.privacy.secagg.messages import parse_offer, split_offer
+from medfed.privacy.secagg.protocol import AggregatorConfig
 from medfed.privacy.statement import canonical
 from medfed.roster import Roster
 from medfed.seams import Seams
@@ -26,11 +28,14 @@ from medfed.server.ending import RunRecord, open_record
 from medfed.server.exchange import Exchange, Kind
 from medfed.server.heads import LedgerHeads
 from medfed.server.mail import RETRY_S, Envelope, Mail, Outgoing
+from medfed.server.opening import Asked, AttemptLost, Opening
+from medfed.server.standing import Standing
 from medfed.server.store import Checkpoint, RoundRecord, Store
 from medfed.study import Study
 from medfed.wire import (
     Finish,
     Finished,
+    Message,
     OfferReply,
     Refusal,
     Refused,
@@ -41,6 +46,8 @@ from medfed.wire import (
     Upload,
     decode,
     encode,
+    one_piece,
+    pack_positions,
     state_statement,
 )
 from medfed.witness import with_heads
@@ -57,12 +64,21 @@ _FATAL = {
 }
 
 
-class AttemptLost(Exception):
-    """This attempt cannot complete; its event is spent."""
+_AWAITED = {
+    Refused.NOT_APPROVED: "has not approved the study",
+    Refused.OTHER_ROSTER: "has not approved the new roster",
+    Refused.OUT_OF_HOURS: "outside its hours of the day",
+}
+_STOPS = {Refused.NOT_APPROVED, *_FATAL}  # where every hospital is needed
+_NOBODY: Mapping[int, Refused] = {}
 
 
 class SessionLost(Exception):
     """A hospital restarted during setup: the keys of its first offer are gone. Costs nothing."""
+
+    def __init__(self, position: int, name: str) -> None:
+        super().__init__(f"{name} restarted")
+        self.position = position
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +87,30 @@ class _Attempt:
 
     attempt: int
     nonce: bytes
+
+
+@dataclass(slots=True)
+class _Setup:
+    """What hospitals said in one setup: why not, that their last attempt was so and so; and whose offers were ``wrong``."""
+
+    refused: dict[int, Refused] = field(default_factory=dict)
+    claims: dict[int, int] = field(default_factory=dict)
+    wrong: set[int] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class _Uploads:
+    """What became of one attempt's requests. ``gone``: whose answers are not expected any more; ``stateless``: who lack the
+    model state; ``told``: why the last one went. ``vain_since``: since when all that are waited for are away."""
+
+    request: _Attempt
+    attestations: dict[int, bytes] = field(default_factory=dict)
+    gone: set[int] = field(default_factory=set)
+    stateless: set[int] = field(default_factory=set)
+    helped: set[int] = field(default_factory=set)
+    told: str = "deadline passed"
+    size: int = 0
+    vain_since: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,24 +132,30 @@ class Assignment:
     @property
     def vector_limit_bytes(self) -> int:
         """The longest vector that travels: a state or an upload."""
-        return max(state_size_bytes(self.study, self.plan.words), self.secagg_config().upload_bytes)
+        return max(state_size_bytes(self.study, self.plan.words), self.secagg_config().longest_upload_bytes)
 
     def secagg_config(self) -> AggregatorConfig:
-        return AggregatorConfig(
-            config_hash=self.study.hash(),
-            roster_hash=self.roster.hash(),
-            identities=self.roster.identities,
-            colluders=self.study.cohort.colluders,
-            words=self.plan.ring_words,
-            ring_bits=self.study.quantization.ring_bits,
+        return AggregatorConfig.of(self.study, self.roster, self.plan.ring_words)
+
+    def advance(self, state: ModelState, total: bytes | memoryview, survivors: Sequence[int]) -> ModelState:
+        integers = self.plan.read_total(total)
+        nominal = self.roster.patients_of(survivors)
+        exponent = self.plan.grid_exponent(state.completed_rounds)
+        everybody = self.roster.patients_at_start(self.study)
+        return advance(
+            state,
+            integers,
+            self.study,
+            grid_exponent=exponent,
+            nominal_patients=nominal,
+            roster_patients=everybody,
         )
 
-    def advance(self, state: ModelState, total: bytes | memoryview) -> ModelState:
-        integers = self.plan.read_total(total)
-        nominal = self.roster.nominal_patients
-        exponent = self.plan.grid_exponent(state.completed_rounds)
-        return advance(state, integers, self.study, grid_exponent=exponent, nominal_patients=nominal)
 
+Frames = Callable[[Sequence[int]], Mapping[int, bytes]]  # by position
+
+MOST_RESTARTS = 3  # in setups, of one hospital, before it is suspected
+GRACE_S = 5.0  # who is away when all others have answered may come back for so long
 
 Observer = Callable[[Checkpoint, str], None]  # (checkpoint, what is going on) for progress and status
 
@@ -132,6 +178,11 @@ class Rounds:
         self._session = b""
         self._heads = LedgerHeads(store.witness(), assignment.roster)
         self._transfers: set[bytes] = set()
+        self._without_keys: set[int] = set()  # said so in this session
+        self._standing = Standing(len(assignment.roster.hospitals), self._fewest, self._name)
+        self._restarts: Counter[int] = Counter()
+        self._absent = ""  # from the last setup, as it was said
+        self._away: frozenset[int] = frozenset()  # when the last round went on without them
         self._record: RunRecord | None = None
         # the request of the open attempt, until it is sent for the first time; then it lies on disk only
         self._unsent: bytes | None = None
@@ -166,6 +217,8 @@ class Rounds:
             except AttemptLost as lost:
                 log.warning("attempt %d is lost: %s", self._checkpoint.last_attempt, lost)
                 self._aggregator = None
+            if self._aggregator is not None and self._is_wider_setup_possible():
+                self._aggregator = None  # keys are made anew, so that those who are back take part again
             self._store.clear_open_attempt()
             request = None
         self._finish()
@@ -175,37 +228,114 @@ class Rounds:
 
     def _ensure_session(self) -> None:
         """All hospitals' fresh key offers; waits for those that are away or have not approved yet."""
-        end = self._clock.monotonic() + self._it.study.deadlines.setup_s
+        end = self._clock.monotonic() + self._setup_s
         while self._aggregator is None:
             try:
                 self._aggregator = self._gather_offers(max(0.0, end - self._clock.monotonic()))
             except SessionLost as lost:
                 log.warning("setup begins anew: %s", lost)
+                self._restarts[lost.position] += 1
+                if self._restarts[lost.position] % MOST_RESTARTS == 0:
+                    self._suspect({lost.position}, "restarts in every setup")
                 self._clock.sleep(RETRY_S)
 
     def _gather_offers(self, timeout_s: float) -> Aggregator:
-        """One session's setup. Raises ``SessionLost`` if a hospital restarted in it, MF-191 at the deadline."""
+        """One session's setup. Raises ``SessionLost`` if a hospital restarted in it, MF-191 if too few came by the deadline."""
         self._session = self._entropy.draw("session", 16)
+        self._without_keys.clear()
         aggregator = Aggregator(self._it.secagg_config())
         request = encode(SetupRequest(self._study_hash, self._session, self._heads.begin()), self._it.identity)
-        mail = self._mail(lambda: request, Kind.QUERY, timeout_s)
-        while not aggregator.offers_complete:
-            waiting = aggregator.missing_offers
-            self._observe(self._checkpoint, f"waiting for {self._names(waiting)}")
-            for position, message, _ in mail.gather(waiting, f"{self._names(waiting)} did not join"):
-                if isinstance(message, OfferReply) and message.session == self._session:
-                    self._take_offer(aggregator, mail, position, message)
-                elif isinstance(message, Refusal):
-                    if message.nonce == self._session and message.reason == Refused.LEDGER_BEHIND:
-                        self._refused(position, Refused.LEDGER_BEHIND)
-                    log.info("%s: %s", self._name(position), _reason(message).name)
-                    mail.again(position, RETRY_S)
+        mail = self._mail(_same(lambda: request), Kind.QUERY, timeout_s)
+        everybody = frozenset(range(len(self._it.roster.hospitals)))
+        left_out = self._left_out()
+        setup = _Setup()
+        while not aggregator.is_settled:
+            waiting = everybody - aggregator.offered - left_out
+            self._observe(self._checkpoint, f"waiting for {self._names(waiting, setup.refused)}")
+            is_enough = len(aggregator.offered) >= self._fewest
+            if is_enough and all(self._is_not_waited_for(position, setup, mail) for position in waiting):
+                aggregator.settle()  # who is away, or does not take part yet, may come back for a later round
+                break
+            try:
+                replies = mail.gather(waiting, f"{self._names(waiting)} did not join")
+            except EnvironmentFault:
+                if not is_enough:
+                    raise
+                aggregator.settle()
+                self._standing.pass_over(
+                    waiting - {each for each in waiting if mail.away(each)}, self._checkpoint.last_attempt
+                )
+                break
+            for position, message, _ in replies:
+                self._take_setup_reply(aggregator, mail, setup, position, message)
+        refused = setup.refused
+        self._believe({member: setup.claims[member] for member in aggregator.cohort.members})
         self._heads.save()
+        absent = self._names(everybody - frozenset(aggregator.cohort.members), refused)
+        if absent and absent != self._absent:
+            log.warning("setup without %s", absent)
+        self._absent = absent
         return aggregator
 
-    def _take_offer(self, aggregator: Aggregator, mail: Mail, position: int, reply: OfferReply) -> None:
-        """An offer that does not verify or is not the sender's own is an alarm, and asked for again."""
+    def _is_not_waited_for(self, position: int, setup: _Setup, mail: Mail) -> bool:
+        """Once enough have offered: not for wrong offers; once the study has begun not for those who are away or cannot come."""
+        if position in setup.wrong:
+            return True
+        return self._has_begun and (mail.away(position) or setup.refused.get(position) in _AWAITED)
+
+    def _take_setup_reply(
+        self, aggregator: Aggregator, mail: Mail, setup: _Setup, position: int, message: Message
+    ) -> None:
+        if isinstance(message, OfferReply) and message.session == self._session:
+            if self._is_offered(aggregator, mail, position, message):
+                setup.claims[position] = message.highest_attempt
+            else:
+                setup.wrong.add(position)
+        elif isinstance(message, Refusal):
+            is_behind = message.nonce == self._session and message.reason == Refused.LEDGER_BEHIND
+            if is_behind and not self._standing.is_robust:
+                raise self._stop(self._name(position), Refused.LEDGER_BEHIND)
+            if is_behind:
+                setup.wrong.add(position)
+            setup.refused[position] = _reason(message)  # told with whom is waited for, once
+            mail.again(position, RETRY_S)
+
+    @property
+    def _fewest(self) -> int:
+        return self._it.study.cohort.fewest_survivors
+
+    @property
+    def _has_begun(self) -> bool:
+        """Whether an attempt was made: from then on nobody is waited for who is away, as long as enough are there."""
+        return self._checkpoint.last_attempt > 0
+
+    @property
+    def _setup_s(self) -> float:
+        deadlines = self._it.study.deadlines
+        return deadlines.round_s if self._has_begun and self._standing.is_robust else deadlines.setup_s
+
+    def _is_wider_setup_possible(self) -> bool:
+        """Whether a hospital is there that the open session cannot sum: it was away, or has lost its keys.
+
+        Where as many are there as may be summed, the others of a longer roster wait.
+        """
+        if self._aggregator is None or not self._standing.is_robust:
+            return False
+        everybody, online = frozenset(range(len(self._it.roster.hospitals))), self._exchange.online()
+        members = frozenset(self._aggregator.cohort.members)
+        is_full = len(members & online) == self._it.study.cohort.most_hospitals
+        without = self._without_keys if is_full else (everybody - members) | self._without_keys
+        return bool((without & online) - self._left_out())
+
+    def _left_out(self) -> frozenset[int]:
+        return self._standing.left_out(self._checkpoint.last_attempt, len(self._exchange.online()))
+
+    def _is_offered(self, aggregator: Aggregator, mail: Mail, position: int, reply: OfferReply) -> bool:
+        """Take an offer. One that does not verify or is not the sender's own is an alarm, and asked for again."""
+        if aggregator.is_settled:
+            return True  # as many are in as may be summed
         try:
+            self._checked_claim(position, reply.highest_attempt)
             body, _ = split_offer(reply.offer)
             if parse_offer(body, self._it.secagg_config()).position != position:
                 raise RemoteProtocolError(111, "an offer in another hospital's name", "refused")
@@ -213,18 +343,37 @@ class Rounds:
             aggregator.add_offer(reply.offer)
         except RemoteProtocolError as error:
             if error.code == 183:
-                raise SessionLost(f"{self._name(position)} restarted") from error
+                raise SessionLost(position, self._name(position)) from error
             log.error("ALARM: offer of %s refused: %s", self._name(position), error)
             mail.again(position, RETRY_S)
-            return
-        if reply.highest_attempt > self._it.study.attempts:
+            return False
+        except PrivacyError as error:
+            if not self._standing.is_robust:
+                raise
+            log.error("ALARM: offer of %s refused: %s", self._name(position), error)
+            return False
+        return True
+
+    def _checked_claim(self, position: int, claimed: int) -> int:
+        """The attempt a hospital says it used last. Raises MF-192 for one that the study does not have."""
+        if claimed > self._it.study.attempts:
             raise PrivacyError(
-                192,
-                f"{self._name(position)} claims to have used attempt {reply.highest_attempt}",
-                "ask it what runs there",
+                192, f"{self._name(position)} claims to have used attempt {claimed}", "ask it what runs there"
             )
-        highest = max(self._checkpoint.last_attempt, reply.highest_attempt)
-        self._checkpoint = replace(self._checkpoint, last_attempt=highest)
+        return claimed
+
+    def _believe(self, claims: Mapping[int, int]) -> None:
+        """Go on after the last attempt that hospitals have used: each one's word where each is needed, else what more than c say,
+        so that no c of them can use up the list by a word."""
+        said = sorted(claims.values(), reverse=True)
+        highest = said[self._it.study.cohort.colluders if self._standing.is_robust else 0]
+        if highest > self._checkpoint.last_attempt:
+            saying = self._names(frozenset(each for each, claimed in claims.items() if claimed >= highest))
+            log.warning("attempt %d was used already, says %s", highest, saying)
+        self._checkpoint = replace(self._checkpoint, last_attempt=max(self._checkpoint.last_attempt, highest))
+
+    def _suspect(self, positions: Iterable[int], why: str) -> None:
+        self._standing.suspect(positions, why, self._checkpoint.last_attempt)
 
     # --- an attempt --------------------------------------------------------------------------------------------------
 
@@ -238,11 +387,20 @@ class Rounds:
         if not isinstance(request, RoundRequest) or request.round != state.completed_rounds:
             self._store.clear_open_attempt()
             return None
+        try:
+            self._aggregator = Aggregator.from_offers(self._it.secagg_config(), request.offers)
+        except RemoteProtocolError as error:
+            if error.code != 112:
+                raise
+            log.warning("attempt %d is lost: it was of the roster before hospitals joined", request.attempt)
+            self._checkpoint = replace(self._checkpoint, last_attempt=request.attempt)
+            self._store.clear_open_attempt()
+            return None
         log.info("resuming attempt %d", request.attempt)
-        self._aggregator = Aggregator.from_offers(self._it.secagg_config(), request.offers)
         self._session = request.session
         self._heads.resume(request.heads)
-        self._aggregator.open_round(request.attempt, with_heads(task_hash(self._study_hash, state), request.heads))
+        task = with_heads(task_hash(self._study_hash, state), request.heads)
+        self._aggregator.open_round(request.attempt, task, self._store.load_survivors(request.nonce))
         self._checkpoint = replace(self._checkpoint, last_attempt=request.attempt, previous=None, total=b"")
         return _Attempt(request.attempt, request.nonce)
 
@@ -283,6 +441,7 @@ class Rounds:
             state_hash(self._study_hash, state),
             aggregator.offers(),
             self._heads.for_round(),
+            self._survivors(),
             self._total(),
         )
         self._unsent = encode(request, self._it.identity)
@@ -291,6 +450,11 @@ class Rounds:
         self._checkpoint = replace(self._checkpoint, last_attempt=attempt, previous=None, total=b"")
         aggregator.open_round(attempt, with_heads(task_hash(self._study_hash, state), request.heads))
         return _Attempt(attempt, request.nonce)
+
+    def _survivors(self) -> bytes:
+        """Whose uploads are in the sum that led to this state, as it travels."""
+        records = self._checkpoint.records
+        return pack_positions(records[-1].survivors) if records else b""
 
     def _total(self) -> bytes | memoryview:
         """The sum that led to this state: in memory right after its round, else from the checkpoint on disk."""
@@ -312,108 +476,171 @@ class Rounds:
         return frame
 
     def _complete(self, request: _Attempt) -> None:
-        """Ask everybody, add up, advance, checkpoint. Raises ``AttemptLost``."""
+        """Ask everybody, add up, open the sum, advance, checkpoint. Raises ``AttemptLost``."""
         aggregator = self._aggregator
         if aggregator is None:
             raise ProtocolError(900, "no open attempt", "please report this")
-        number = self._checkpoint.state.completed_rounds + 1
         started = self._clock.monotonic()
-        mail = self._mail(self._request_frame, Kind.TRAIN, self._it.study.deadlines.round_s)
-        attestations: dict[int, bytes] = {}
-        size = 0
-        while aggregator.missing:
-            self._observe(self._checkpoint, f"round {number}, attempt {request.attempt}")
-            size = self._take_replies(mail, aggregator, request, attestations) or size
-        self._advance(aggregator, attestations, request.attempt, self._clock.monotonic() - started, size)
+        uploads = _Uploads(request)
+        self._gather_uploads(aggregator, uploads)
+        if not aggregator.cohort.is_strict:
+            asked = Asked(self._study_hash, self._session, request.nonce, request.attempt)
+            opening = Opening(aggregator, asked, self._it.identity, self._store, self._opening_mail, self._name)
+            try:
+                opening.open()
+            except AttemptLost as lost:
+                self._suspect((opening.suspects | aggregator.suspects) - opening.without_keys, str(lost))
+                raise
+            finally:
+                self._without_keys |= opening.without_keys
+        self._advance(aggregator, uploads, self._clock.monotonic() - started)
 
-    def _take_replies(
-        self, mail: Mail, aggregator: Aggregator, request: _Attempt, attestations: dict[int, bytes]
-    ) -> int:
-        """One turn of the mail; returns an upload's length. No reply outlives it in memory."""
-        size = 0
-        try:
-            replies = mail.gather(aggregator.missing, "deadline passed")
-        except EnvironmentFault as error:
-            raise AttemptLost(error.what) from error
+    def _opening_mail(self, frames: Frames) -> Mail:
+        return self._mail(frames, Kind.QUERY, self._it.study.deadlines.round_s)
+
+    def _gather_uploads(self, aggregator: Aggregator, uploads: _Uploads) -> None:
+        """Until all are in, or enough are and no other can be expected. Raises ``AttemptLost``."""
+        number = self._checkpoint.state.completed_rounds + 1
+        needed = aggregator.cohort.thresholds.survivors
+        mail = self._mail(_same(self._request_frame), Kind.TRAIN, self._it.study.deadlines.round_s)
+        while waiting := aggregator.missing - uploads.gone:
+            self._observe(self._checkpoint, f"round {number}, attempt {uploads.request.attempt}")
+            if len(aggregator.uploaded) + len(waiting) < needed:
+                break
+            if len(aggregator.uploaded) >= needed and self._is_vain(mail, waiting, uploads):
+                break
+            try:
+                self._take_replies(mail, waiting, aggregator, uploads)
+            except EnvironmentFault as error:
+                if len(aggregator.uploaded) < needed:
+                    raise AttemptLost(error.what) from error
+                break
+        self._away = frozenset(filter(mail.away, aggregator.missing))
+        if len(aggregator.uploaded) < needed:
+            raise AttemptLost(f"{len(aggregator.uploaded)} of {needed} uploads needed: {uploads.told}")
+
+    def _is_vain(self, mail: Mail, waiting: frozenset[int], uploads: _Uploads) -> bool:
+        """Whether all that is waited for have been away for a while, or since the round before."""
+        now = self._clock.monotonic()
+        if not all(map(mail.away, waiting)):
+            uploads.vain_since = None
+            return False
+        uploads.vain_since = now if uploads.vain_since is None else uploads.vain_since
+        return waiting <= self._away or now - uploads.vain_since >= GRACE_S
+
+    def _take_replies(self, mail: Mail, waiting: frozenset[int], aggregator: Aggregator, uploads: _Uploads) -> None:
+        """One turn of the mail. No reply outlives it in memory."""
+        replies = mail.gather(waiting, "deadline passed")
+        nonce = uploads.request.nonce
         try:
             for position, message, reply_bytes in replies:
-                if isinstance(message, Upload) and message.nonce == request.nonce:
-                    self._take_upload(aggregator, position, message, attestations)
-                    size = reply_bytes
-                elif isinstance(message, Refusal) and self._concerns(message, request.nonce):
-                    self._refused(position, _reason(message))
+                if isinstance(message, Upload) and message.nonce == nonce:
+                    self._take_upload(aggregator, position, message, uploads)
+                    uploads.size = reply_bytes
+                elif isinstance(message, Refusal) and self._concerns(message, nonce):
+                    self._refused(position, _reason(message), aggregator, uploads)
                 elif isinstance(message, StateAccepted):
                     mail.again(position, 0.0)
+            self._bring_back(uploads)
         finally:
             self._heads.save()  # what was charged is known here even if the attempt, or this process, is lost now
-        return size
 
-    def _take_upload(
-        self, aggregator: Aggregator, position: int, upload: Upload, attestations: dict[int, bytes]
-    ) -> None:
+    def _take_upload(self, aggregator: Aggregator, position: int, upload: Upload, uploads: _Uploads) -> None:
         """First valid reply wins; other bytes for the same slot are an alarm and change nothing."""
         state = self._checkpoint.state
         statement = state_statement(self._study_hash, state.completed_rounds, state_hash(self._study_hash, state))
         try:
             verify(self._it.roster.identities[position], upload.attestation, statement)
             self._heads.take_upload(position, upload.head)
-            aggregator.add_upload(upload.payload)
+            aggregator.add_upload(one_piece(upload.payload), sender=position)
         except RemoteProtocolError as error:
             log.error("ALARM: upload of %s refused: %s", self._name(position), error)
             if error.code != 183 or position in aggregator.missing:  # one in quarantine will never be in the sum
-                raise AttemptLost(f"{self._name(position)}: upload refused") from error
+                self._suspect({position}, "its upload is refused")
+                self._lose(position, f"{self._name(position)}: upload refused", aggregator, uploads, error)
             return
-        attestations[position] = upload.attestation
+        uploads.attestations[position] = upload.attestation
 
-    def _refused(self, position: int, reason: Refused) -> None:
+    def _lose(
+        self,
+        position: int,
+        why: str,
+        aggregator: Aggregator,
+        uploads: _Uploads,
+        cause: Exception | None = None,
+    ) -> None:
+        """Go on without this hospital's upload, or without the attempt where every one is needed."""
+        if aggregator.cohort.is_strict:
+            raise AttemptLost(why) from cause
+        log.warning("attempt %d: no upload of %s", uploads.request.attempt, why)
+        uploads.gone.add(position)
+        uploads.told = why
+
+    def _refused(self, position: int, reason: Refused, aggregator: Aggregator, uploads: _Uploads) -> None:
         name = self._name(position)
-        if reason is Refused.NEED_STATE and self._checkpoint.state.completed_rounds > 0:
-            self._transfer_state(position)
-        elif reason is Refused.NOT_APPROVED:
-            raise PrivacyError(192, f"{name} does not take part any more", "ask it; plan a new study without it")
-        elif reason in _FATAL:
-            raise PrivacyError(192, f"{name} stops the study: {_FATAL[reason]}", "ask it; its own log says more")
+        if reason in (Refused.NO_SESSION, Refused.ATTEMPT_SPENT):  # both are what a restarted hospital says
+            self._without_keys.add(position)
+        is_stateless = reason is Refused.NEED_STATE and self._checkpoint.state.completed_rounds > 0
+        if is_stateless and position not in uploads.helped:
+            uploads.stateless.add(position)
+        elif reason not in _STOPS or self._standing.is_robust:
+            if reason in _FATAL:
+                self._suspect({position}, _FATAL[reason])
+            self._lose(position, f"{name}: {reason.name}", aggregator, uploads)
         else:
-            raise AttemptLost(f"{name}: {reason.name}")
+            raise self._stop(name, reason)
+
+    def _stop(self, name: str, reason: Refused) -> PrivacyError:
+        """Why a study that needs every hospital cannot go on with this one."""
+        if reason is Refused.NOT_APPROVED:
+            return PrivacyError(192, f"{name} does not take part any more", "ask it; plan a new study without it")
+        return PrivacyError(192, f"{name} stops the study: {_FATAL[reason]}", "ask it; its own log says more")
 
     def _concerns(self, refusal: Refusal, nonce: bytes) -> bool:
         """Whether it answers the open request, or says that the transferred state's signatures will never do."""
         is_final = refusal.nonce in self._transfers and refusal.reason == Refused.SIGNATURES
         return refusal.nonce == nonce or is_final
 
-    def _transfer_state(self, position: int) -> None:
-        """Bring a hospital back that lost its state: the last state that hospitals signed, then it advances itself."""
-        stored = self._stored()
-        previous = stored.previous
-        if previous is None:
-            raise AttemptLost("there is no signed state to transfer")
+    def _bring_back(self, uploads: _Uploads) -> None:
+        """Send the state to those who lack it, with signatures of c + 1 hospitals.
+
+        Who is in the last sum gets the state before it, and advances by itself. Who is not gets this state, once enough of the
+        others have signed it with their uploads.
+        """
+        for position in sorted(uploads.stateless):
+            records = self._checkpoint.records
+            if records and position in records[-1].survivors:
+                stored = self._stored()
+                if stored.previous is None:
+                    raise AttemptLost("there is no signed state to transfer")
+                self._transfer_state(position, stored.previous, self._checkpoint.attestations)
+            elif len(uploads.attestations) > self._it.study.cohort.colluders:
+                self._transfer_state(position, self._checkpoint.state, _signed(uploads.attestations))
+            else:
+                continue
+            uploads.stateless.discard(position)
+            uploads.helped.add(position)
+
+    def _transfer_state(self, position: int, state: ModelState, signatures: tuple[bytes, ...]) -> None:
         nonce = self._entropy.draw("nonce", 16)
         self._transfers.add(nonce)
-        log.info("transferring the state after round %d to %s", previous.completed_rounds, self._name(position))
-        transfer = StateTransfer(
-            self._study_hash,
-            nonce,
-            previous.completed_rounds,
-            state_bytes(previous),
-            self._checkpoint.attestations,
-        )
+        log.info("transferring the state after round %d to %s", state.completed_rounds, self._name(position))
+        transfer = StateTransfer(self._study_hash, nonce, state.completed_rounds, state_bytes(state), signatures)
         frame = encode(transfer, self._it.identity)
         self._exchange.send(position, Kind.QUERY, frame, self._it.study.deadlines.round_s)
 
-    def _advance(
-        self, aggregator: Aggregator, attestations: dict[int, bytes], attempt: int, seconds: float, upload_bytes: int
-    ) -> None:
-        total = aggregator.total_bytes()
+    def _advance(self, aggregator: Aggregator, uploads: _Uploads, seconds: float) -> None:
+        total, survivors = aggregator.total_bytes(), aggregator.survivors
         state = self._checkpoint.state
-        after = self._it.advance(state, total)
+        after = self._it.advance(state, total, survivors)
         digest = state_hash(self._study_hash, after).hex()
-        record = RoundRecord(after.completed_rounds, attempt, seconds, upload_bytes, digest)
-        signed = tuple(position.to_bytes(2, "big") + attestations[position] for position in sorted(attestations))
+        attempt = uploads.request.attempt
+        record = RoundRecord(after.completed_rounds, attempt, seconds, uploads.size, digest, survivors)
         self._checkpoint = Checkpoint(
             after,
             state,
             total,
-            signed,
+            _signed({position: uploads.attestations[position] for position in survivors}),
             record.attempt,
             (*self._checkpoint.records, record),
         )
@@ -426,52 +653,102 @@ class Rounds:
     # --- the end -----------------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
-        """Every hospital works out the final model and its privacy statement itself, and signs both; all must agree."""
+        """Every hospital works out the final model and its privacy statement itself, and signs both; all must agree.
+
+        Who cannot be reached is waited for; where a round may do without it, so may the end once the deadline has passed.
+        """
         it, state = self._it, self._checkpoint.state
-        digest = state_hash(self._study_hash, state)
         record = open_record(it.study, it.roster, it.plan, it.identity, self._checkpoint, it.stamps)
         finish = Finish(
             study_hash=self._study_hash,
             nonce=self._entropy.draw("nonce", 16),
             round=state.completed_rounds,
-            state_hash=digest,
+            state_hash=state_hash(self._study_hash, state),
             heads=self._heads.known(),
             statement=canonical(record.said),
             statement_signature=record.signature,
+            survivors=self._survivors(),
             total=self._total(),
         )
         frame = encode(finish, self._it.identity)
-        mail = self._mail(lambda: frame, Kind.QUERY, self._it.study.deadlines.round_s)
-        left = set(range(len(self._it.roster.hospitals)))
-        while left:
-            self._observe(self._checkpoint, f"final model: waiting for {self._names(frozenset(left))}")
-            for position, message, _ in mail.gather(frozenset(left), "no signature over the final model from all"):
+        mail = self._mail(_same(lambda: frame), Kind.QUERY, self._it.study.deadlines.round_s)
+        ending = _Uploads(_Attempt(self._checkpoint.last_attempt, finish.nonce))
+        everybody = frozenset(range(len(it.roster.hospitals)))
+        while left := everybody - set(record.signed) - ending.gone:
+            self._observe(self._checkpoint, f"final model: waiting for {self._names(left)}")
+            enough = self._fewest < len(everybody) and len(record.signed) >= self._fewest
+            if enough and self._is_vain(mail, left, ending):
+                break
+            try:
+                replies = mail.gather(left, "no signature over the final model from all")
+            except EnvironmentFault:
+                if not enough:
+                    raise
+                break
+            for position, message, _ in replies:
                 if isinstance(message, Finished) and message.nonce == finish.nonce:
-                    record.take(position, message)
-                    left.discard(position)
+                    if self._is_confirmed(record, position, message, ending):
+                        ending.attestations[position] = message.attestation
                 elif isinstance(message, Refusal) and self._concerns(message, finish.nonce):
-                    if message.reason == Refused.LEDGER_BEHIND:
-                        self._refused(position, Refused.LEDGER_BEHIND)
-                    if message.reason != Refused.NEED_STATE:
-                        raise RemoteProtocolError(
-                            193, f"{self._name(position)} does not confirm the final model", "its own log says why"
-                        )
-                    self._transfer_state(position)
+                    self._unfinished(position, _reason(message), ending)
                 elif isinstance(message, StateAccepted):
                     mail.again(position, 0.0)
+            self._bring_back(ending)
+        if len(record.signed) < self._fewest:
+            raise RemoteProtocolError(193, "too few hospitals confirm the final model", "their own logs say why")
+        absent = everybody - set(record.signed)
+        if absent:
+            log.warning("the final model is not signed by %s", self._names(absent))
         self._record = record
+
+    def _is_confirmed(self, record: RunRecord, position: int, message: Finished, ending: _Uploads) -> bool:
+        """Take a hospital's signature over the final model. A wrong one is done without where others are enough."""
+        try:
+            record.take(position, message)
+        except RemoteProtocolError as error:
+            if not self._standing.is_robust:
+                raise
+            log.error("ALARM: %s", error)
+            ending.gone.add(position)
+            return False
+        return True
+
+    def _unfinished(self, position: int, reason: Refused, ending: _Uploads) -> None:
+        name = self._name(position)
+        if reason is Refused.NEED_STATE and position not in ending.helped:
+            ending.stateless.add(position)
+        elif self._standing.is_robust:
+            level = logging.WARNING if reason in _AWAITED else logging.ERROR
+            log.log(level, "%s does not confirm the final model: %s", name, reason.name)
+            ending.gone.add(position)
+        elif reason is Refused.LEDGER_BEHIND:
+            raise self._stop(name, reason)
+        else:
+            raise RemoteProtocolError(193, f"{name} does not confirm the final model", "its own log says why")
 
     # --- small things ------------------------------------------------------------------------------------------------
 
-    def _mail(self, frame: Callable[[], bytes], kind: Kind, timeout_s: float) -> Mail:
+    def _mail(self, frames: Frames, kind: Kind, timeout_s: float) -> Mail:
         envelope = Envelope(self._study_hash, self._it.roster.identities, self._limit)
-        return Mail(self._exchange, self._clock, envelope, Outgoing(frame, kind, timeout_s), self._name)
+        return Mail(self._exchange, self._clock, envelope, Outgoing(frames, kind, timeout_s), self._name)
 
     def _name(self, position: int) -> str:
         return self._it.roster.hospitals[position].hospital
 
-    def _names(self, positions: frozenset[int]) -> str:
-        return ", ".join(self._name(position) for position in sorted(positions))
+    def _names(self, positions: frozenset[int], refused: Mapping[int, Refused] = _NOBODY) -> str:
+        """In the roster's order, with what keeps those away that have said so."""
+        named = ((self._name(position), refused.get(position)) for position in sorted(positions))
+        return ", ".join(name if why is None else f"{name} ({_AWAITED.get(why, why.name)})" for name, why in named)
+
+
+def _same(frame: Callable[[], bytes]) -> Frames:
+    """One frame for all."""
+    return lambda positions: dict.fromkeys(positions, frame())
+
+
+def _signed(attestations: Mapping[int, bytes]) -> tuple[bytes, ...]:
+    """BE16 position ‖ signature, as they travel."""
+    return tuple(position.to_bytes(2, "big") + attestations[position] for position in sorted(attestations))
 
 
 def _reason(refusal: Refusal) -> Refused:

@@ -17,9 +17,10 @@ from medfed.advance import ModelState, parse_state, state_pieces
 from medfed.errors import MedfedError, RemoteProtocolError
 from medfed.seams import Files
 from medfed.study import Study
+from medfed.wire import pack_positions, read_positions
 from medfed.witness import Witness
 
-_LABEL = b"medfed/checkpoint/v3"
+_LABEL = b"medfed/checkpoint/v4"
 _DIGEST_BYTES = 32
 _LIMIT_BYTES = 1 << 34
 
@@ -28,13 +29,17 @@ Part = Sequence[bytes | memoryview]  # one part of a file, itself in pieces
 
 @dataclass(frozen=True, slots=True)
 class RoundRecord:
-    """One completed round, for report and journal: the attempt that completed it, what it took, which state it led to."""
+    """One completed round, for report and journal: the attempt that completed it, what it took, which state it led to.
+
+    ``survivors``: positions of the hospitals in its sum, ascending.
+    """
 
     round: int
     attempt: int
     seconds: float
     upload_bytes: int
     state_sha256: str
+    survivors: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,7 +75,9 @@ class Store:
             return None
         header = json.loads(bytes(parts[0]))
         previous = parse_state(parts[2], self._study, self._words) if len(parts[2]) else None
-        records = tuple(RoundRecord(**record) for record in header["records"])
+        records = tuple(
+            RoundRecord(**(record | {"survivors": tuple(record["survivors"])})) for record in header["records"]
+        )
         state = parse_state(parts[1], self._study, self._words)
         signed = tuple(bytes(part) for part in parts[4:])
         return Checkpoint(state, previous, parts[3], signed, header["last_attempt"], records)
@@ -94,6 +101,17 @@ class Store:
 
     def clear_open_attempt(self) -> None:
         self._files.remove(self._folder / "attempt.bin")
+
+    def save_survivors(self, nonce: bytes, survivors: Sequence[int]) -> None:
+        """Before the first hospital is asked to help to open their sum: no other set is ever named under this ``nonce``."""
+        self._save("survivors.bin", ((nonce,), (pack_positions(survivors),)))
+
+    def load_survivors(self, nonce: bytes) -> tuple[int, ...]:
+        """Those named for this attempt before a crash; empty where none were."""
+        parts = self._load("survivors.bin")
+        if parts is None or bytes(parts[0]) != nonce:
+            return ()
+        return read_positions(bytes(parts[1]))
 
     def witness(self) -> Witness:
         """The heads of hospitals' ledgers: one file for all studies, as a hospital has one ledger for all of its own."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from medfed.errors import ConfigError, MedfedError, PrivacyError
 from medfed.models import parameters
-from medfed.roster import Roster, load_roster
+from medfed.privacy.secagg.protocol import MOST_HOSPITALS
+from medfed.roster import Roster, load_enrolment, load_roster, require_small_delta
 from medfed.seams import Files
 from medfed.server.setup import MODEL_NAME, ROSTER_NAME, STUDY_NAME
 from medfed.server.study_file import render
-from medfed.study import Study
+from medfed.study import Study, load_study
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +67,39 @@ def check_attachments(files: Files, study: Study, folder: Path) -> Roster | None
     if not files.exists(folder / ROSTER_NAME):
         return None
     roster = load_roster(files, folder / ROSTER_NAME)
-    if roster.hash().hex() != study.cohort.roster_sha256:
+    if not roster.extends(study):
         raise PrivacyError(124, f"{ROSTER_NAME} is not the study's roster", "restore it beside study.toml")
     return roster
+
+
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """A study's roster with ``joined`` hospitals at its end."""
+
+    study: Study
+    roster: Roster
+    joined: int
+
+
+def extend_roster(files: Files, study_path: Path, documents: Sequence[Path]) -> Extension:
+    """Put hospitals at the end of the roster beside a study that goes on; nobody's position changes.
+
+    Raises, with nothing written: MF-606 without a roster there, MF-124 where it is not the study's, MF-143 for a hospital, an
+    identity or a node key that it lists already, MF-140 for more than 128, MF-131 for a hospital too large for the study's delta.
+    """
+    study, path = load_study(files, study_path), study_path.parent / ROSTER_NAME
+    before = check_attachments(files, study, study_path.parent)
+    if before is None:
+        raise ConfigError(606, f"{ROSTER_NAME} not found", "restore it beside study.toml")
+    joining = [load_enrolment(files, document) for document in documents]
+    hospitals = [*before.hospitals, *joining]
+    if len(hospitals) > MOST_HOSPITALS:
+        raise ConfigError(140, f"{len(hospitals)} hospitals", f"a roster holds 1 to {MOST_HOSPITALS}")
+    roster = before.model_copy(update={"hospitals": hospitals})
+    roster.check()
+    for entry in joining:
+        require_small_delta(
+            study.privacy.delta, entry.nominal_patients, f"{entry.hospital} could not approve the study"
+        )
+    files.write(path, roster.to_bytes())
+    return Extension(study, roster, len(joining))

@@ -17,6 +17,7 @@ from medfed.errors import ConfigError, ExitStatus
 
 if TYPE_CHECKING:
     from medfed.seams import Seams
+    from medfed.simulations.absence import Absences
     from medfed.simulations.evaluation import Evaluation
     from medfed.simulations.extract import Cohort
     from medfed.simulations.rehearsal import Backend, Rehearsal
@@ -33,7 +34,7 @@ _OWN = ("label", "partition", "patient_column", "leave_out", "test", "task")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
-    return run_command(build_parser(), argv)
+    return run_command(build_parser(), argv, interrupted="interrupted; nothing was kept")
 
 
 # ------------------------------------------------------------------------------------------------------------ the parser
@@ -70,7 +71,10 @@ def _add_run(commands: argparse._SubParsersAction[Parser]) -> None:
     run.add_argument("--cohort", metavar="NAME", help=f"see medfed-simulate cohorts (default {DEFAULT_COHORT})")
     run.add_argument("--hospitals", type=_count, metavar="N", help="deal the patients to N hospitals")
     run.add_argument(
-        "--patients", type=_count, metavar="M", help="training patients of each hospital, of a synthetic cohort"
+        "--patients",
+        type=_count,
+        metavar="M",
+        help="training patients of each hospital, of a synthetic cohort; --metrics holds a fifth of them out",
     )
     _add_own_table(run)
     _add_epsilon(run, "none: add no noise, not private")
@@ -79,6 +83,20 @@ def _add_run(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     run.add_argument(
         "--colluders", type=_count, metavar="C", help="hospitals that may conspire with the coordinator (default 1)"
+    )
+    run.add_argument(
+        "--drop-outs",
+        type=_count,
+        metavar="N",
+        help="hospitals that a round can do without (default: every one is needed)",
+    )
+    run.add_argument(
+        "--lose",
+        type=_absence,
+        action="append",
+        default=[],
+        metavar="HOSPITAL:ROUNDS",
+        help="a hospital that takes no part in these rounds, such as hospital-2:3-5; may be repeated; needs drop-outs",
     )
     run.add_argument("--rounds", type=_count, metavar="N", help="instead of the task's")
     run.add_argument("--model", choices=_MODELS, help="instead of the task's")
@@ -94,9 +112,13 @@ def _add_run(commands: argparse._SubParsersAction[Parser]) -> None:
         metavar="SEEDS",
         help="random splits into training and test, such as 43-52 or 1,2,5",
     )
-    run.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: a new one in runs)")
     run.add_argument(
-        "--no-baseline", action="store_true", help="do not train the same model on everybody's data in one place"
+        "--out", type=Path, metavar="DIR", help="the run's folder, in place of a run there (default: a new one in runs)"
+    )
+    run.add_argument(
+        "--no-baseline",
+        action="store_true",
+        help="do not train a second model, without privacy on everybody's data in one place, to compare with",
     )
     run.add_argument(
         "--keep-parties", action="store_true", help="keep the folders of all hospitals and the coordinator"
@@ -138,16 +160,16 @@ def _add_own_table(run: Parser) -> None:
 def _add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
     plan = commands.add_parser(
         "plan",
-        help="show a study's epsilon round by round, its noise, bytes, time and memory, before anybody joins",
-        description="What a study costs a patient with every attempt, how much noise other epsilons would need, what is sent, "
-        "and how long an attempt takes on this machine, from a trial on made-up records.",
+        help="show a study's epsilon by attempt, its noise, bytes, time and memory, before anybody joins",
+        description="What a study costs a patient as attempts are spent (of many a dozen are shown), how much noise other "
+        "epsilons would need, what is sent, and how long an attempt takes on this machine, from a trial on made-up records.",
     )
     plan.add_argument("study", type=Path, metavar="STUDY", help="a study.toml")
     plan.add_argument(
         "--patients",
         type=_count,
         metavar="N",
-        help="of one hospital (default: the largest in roster.json beside the study)",
+        help="who train at one hospital, held-out ones not counted (default: the largest in roster.json beside the study)",
     )
     plan.add_argument(
         "--epsilon",
@@ -189,7 +211,7 @@ def _add_federation(commands: argparse._SubParsersAction[Parser]) -> None:
     federation.add_argument("--mode", choices=_MODES, default="local", help="default %(default)s")
     federation.add_argument("--split-seed", type=_seed, metavar="S", help="default: the first of the cohort's protocol")
     federation.add_argument(
-        "--out", type=Path, default=Path("runs/federation"), metavar="DIR", help="default %(default)s"
+        "--out", type=Path, default=Path("runs/federation"), metavar="DIR", help="default %(default)s; replaced"
     )
     _add_json(federation)
     federation.set_defaults(action=_federation)
@@ -206,7 +228,9 @@ def _add_audit(commands: argparse._SubParsersAction[Parser]) -> None:
     audit.add_argument("--only", choices=_AUDITS, help="one of the four audits")
     audit.add_argument("--quick", action="store_true", help="fewer cases and shadow models: under a minute")
     audit.add_argument("--seed", type=_seed, metavar="S", help="all randomness repeats; not private")
-    audit.add_argument("--out", type=Path, metavar="DIR", help="the audit's folder (default: a new one in runs)")
+    audit.add_argument(
+        "--out", type=Path, metavar="DIR", help="the audit's folder, in place of one there (default: a new one in runs)"
+    )
     _add_json(audit)
     audit.set_defaults(action=_audit)
 
@@ -257,6 +281,14 @@ def _whole(text: str, least: int) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
     return int(text)
+
+
+def _absence(text: str) -> tuple[str, frozenset[int]]:
+    """``hospital-2:3-5,9``: a hospital's name, and rounds from 1 on."""
+    name, _, rounds = text.rpartition(":")
+    if not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOSPITAL:ROUNDS")
+    return name, frozenset(_seeds(rounds))
 
 
 def _seeds(text: str) -> tuple[int, ...]:
@@ -337,6 +369,8 @@ def _plan(arguments: argparse.Namespace) -> Rehearsal:
         epsilon=None if math.isinf(epsilon) else epsilon,
         mode=arguments.mode or "local",
         colluders=1 if arguments.colluders is None else arguments.colluders,
+        drop_outs=arguments.drop_outs or 0,
+        absences=_absences(arguments, arguments.drop_outs or 0),
         rounds=arguments.rounds,
         seed=arguments.seed,
         model=arguments.model,
@@ -348,8 +382,8 @@ def _plan_of(study: Study, arguments: argparse.Namespace) -> Rehearsal:
     """A study is rehearsed as it stands: options that would change it are refused (MF-100)."""
     from medfed.simulations.rehearsal import Rehearsal
 
-    given = {name: getattr(arguments, name) for name in ("mode", "colluders", "rounds", "model")}
-    named = [f"--{name}" for name, value in given.items() if value is not None]
+    given = {name: getattr(arguments, name) for name in ("mode", "colluders", "drop_outs", "rounds", "model")}
+    named = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
     without_noise = arguments.epsilon is not None and math.isinf(arguments.epsilon)
     if arguments.epsilon is not None and not without_noise:
         named.append("--epsilon")
@@ -358,7 +392,15 @@ def _plan_of(study: Study, arguments: argparse.Namespace) -> Rehearsal:
     if named:
         raise ConfigError(100, f"{', '.join(named)} would change the study", "leave it out, or change the study's file")
     epsilon = None if without_noise else study.privacy.epsilon
-    return Rehearsal(epsilon=epsilon, mode=study.privacy.mode, seed=arguments.seed)
+    absences = _absences(arguments, study.cohort.drop_outs)
+    return Rehearsal(epsilon=epsilon, mode=study.privacy.mode, seed=arguments.seed, absences=absences)
+
+
+def _absences(arguments: argparse.Namespace, drop_outs: int) -> Absences:
+    """Who takes no part when; MF-100 where every hospital is needed."""
+    if arguments.lose and not drop_outs:
+        raise ConfigError(100, "--lose in a study that needs every hospital", "allow for it with --drop-outs N")
+    return tuple(arguments.lose)
 
 
 def _cohort_for(study: Study | None, arguments: argparse.Namespace, seams: Seams) -> tuple[str, int | None]:
@@ -410,6 +452,7 @@ def _own_cohorts(study: Study | None, arguments: argparse.Namespace, seams: Seam
 
 
 def _study_plan(arguments: argparse.Namespace) -> int:
+    from medfed import metrics
     from medfed.client.outlook import WANTED, in_words, outlook
     from medfed.models import catalogue, parameters
     from medfed.privacy.plan import make_plan
@@ -425,11 +468,15 @@ def _study_plan(arguments: argparse.Namespace) -> int:
     if patients is None:
         if not seams.files.exists(beside):
             raise ConfigError(100, "there is no roster.json beside the study", "say how many patients: --patients N")
-        patients = max(entry.nominal_patients for entry in load_roster(seams.files, beside).hospitals)
+        roster = load_roster(seams.files, beside)
+        patients, everybody = max(entry.nominal_patients for entry in roster.hospitals), roster.nominal_patients
+    else:
+        everybody = patients * study.cohort.hospitals
     model = catalogue.build(study)
     plan = make_plan(study, parameters.count(model))
     wanted = arguments.epsilon or WANTED
-    found = outlook(study, plan, model, patients=patients, wanted=wanted, clock=seams.clock)
+    held_out = metrics.held_out(everybody)
+    found = outlook(study, plan, model, patients=patients, held_out=held_out, wanted=wanted, clock=seams.clock)
     if arguments.out is not None:
         plots.require_matplotlib()
         seams.files.write(arguments.out, plots.epsilon_planned(found, study.training.rounds, plan.delta))

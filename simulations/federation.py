@@ -131,8 +131,10 @@ def _tell(config: Path, seams: Seams, told: str) -> str:
     """Say on the log what the coordinator's status says, when it changes."""
     if not seams.files.exists(config.parent / "status.json"):
         return told
-    status = read_status(config, seams)
-    what = f"{status['what']} ({status['round']} of {status['rounds']}, epsilon spent {status['epsilon_spent']:.3f})"
+    status = read_status(config, seams, exact=False)
+    known, at_most = status["epsilon_spent"], status["epsilon_spent_at_most"]
+    spent = f"at most {at_most:.3f}" if known is None else f"{known:.3f}"
+    what = f"{status['what']} ({status['round']} of {status['rounds']}, epsilon spent {spent})"
     if what != told:
         log.info("%s", what)
     return what

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
@@ -34,7 +35,7 @@ class LocalGrid(Grid):  # type: ignore[misc]
         """Flower's node id by position in the roster."""
         self._apps = {self.node_ids[position]: app for position, app in enumerate(apps)}
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="hospital")
-        self._last: dict[int, Future[Message]] = {}
+        self._last: dict[int, threading.Event] = {}  # by node: set once its last message is answered
         self._pending: dict[str, Future[Message]] = {}
         self._sequence = itertools.count(1)
         # Message() stamps run and node ids from here
@@ -61,8 +62,8 @@ class LocalGrid(Grid):  # type: ignore[misc]
             message_id = f"m{next(self._sequence)}"
             message.metadata.__dict__["_message_id"] = message_id
             node_id = message.metadata.dst_node_id
-            future = self._pool.submit(self._answer, message, self._last.get(node_id))
-            self._last[node_id] = self._pending[message_id] = future
+            before, self._last[node_id] = self._last.get(node_id), threading.Event()
+            self._pending[message_id] = self._pool.submit(self._in_turn, message, before, self._last[node_id])
             ids.append(message_id)
         return ids
 
@@ -79,9 +80,15 @@ class LocalGrid(Grid):  # type: ignore[misc]
         """Let the messages under way end, drop those that wait."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _answer(self, message: Message, before: Future[Message] | None) -> Message:
+    def _in_turn(self, message: Message, before: threading.Event | None, done: threading.Event) -> Message:
         if before is not None:
-            wait([before])  # the pool starts tasks in order, so the one before is running or done: no deadlock
+            before.wait()  # the pool starts tasks in order, so the one before is running or done: no deadlock
+        try:
+            return self._answer(message)
+        finally:
+            done.set()
+
+    def _answer(self, message: Message) -> Message:
         try:
             message.content = _copied(message.content)
             reply = self._apps[message.metadata.dst_node_id](message, _context(message))

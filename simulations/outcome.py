@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medfed import metrics
+from medfed.client.outlook import some_attempts
 from medfed.models import catalogue, parameters, tasks
 from medfed.models.records import Records
 from medfed.privacy.statement import NOT_PRIVATE, SIMULATION
@@ -19,6 +20,7 @@ from medfed.server.store import Checkpoint
 from medfed.simulations.extract import Cohort
 from medfed.simulations.pooled import Pooled, pooled_records, score, train_pooled
 from medfed.study import Study
+from medfed.wording import asked_attempts
 
 SIMULATED = SIMULATION
 NO_NOISE = f"{NOT_PRIVATE}: no noise"
@@ -71,10 +73,30 @@ class Outcome:
     overhead_s: tuple[float, ...]
     record: RunRecord | None
 
-    def epsilon_by_attempt(self) -> tuple[float, ...]:
-        """Epsilon once 1, 2, ... attempts are spent, to the end of the approved list."""
-        plan = self.assignment.plan
-        return tuple(plan.running_epsilon(attempt) for attempt in range(1, plan.attempts + 1))
+    def epsilon_by_attempt(self) -> dict[int, float]:
+        """Epsilon of a patient who trains once so many attempts at training are spent: of some to the end of their list, of
+        those that were used, and of none. Statistics are paid for with the first."""
+        plan, training = self.assignment.plan, self.assignment.study.training
+        shown = {*some_attempts(training.rounds, training.attempts), self.trained_attempts}
+        return {0: 0.0} | {attempts: plan.trained_epsilon_after(attempts) for attempts in sorted(shown)}
+
+    @property
+    def trained_attempts(self) -> int:
+        """Attempts at training that were used, lost ones among them: those after the statistics and before the metrics."""
+        study, records = self.assignment.study, self.checkpoint.records
+        before = 0 if study.statistics is None else records[0].attempt
+        return records[study.sums_to_train - 1].attempt - before
+
+    @property
+    def attempts_asked(self) -> str:
+        """``15 rounds, 3 spare attempts and 2 attempts at the metrics``: what every hospital approved."""
+        study = self.assignment.study
+        return asked_attempts(
+            study.training.rounds,
+            study.training.spare_attempts,
+            0 if study.statistics is None else study.statistics.attempts,
+            0 if study.metrics is None else study.metrics.attempts,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +106,11 @@ class Result:
     ``test_auc``: all test patients together; ``cross_validated_auc``: those of all folds together, each scored by the model
     that did not train on it, where the splits are folds. ``epsilon``: of the approved list of attempts, the largest over
     splits; None without noise. ``held_out_metrics``: of each split what the federation itself measured, through the masked sum,
-    where it was asked to. ``upload_bytes_per_round``: of one hospital. ``dropped``: hospitals missing from a released
-    sum. ``pooled_rounds``: the baseline's length, in rounds or, of ordinary training, in passes. ``training_patients``: of
-    the first split.
+    where it was asked to. ``rounds``: of training; ``released_sums``: those with statistics and metrics, where there are any.
+    ``epsilon_spent``: of whoever has paid more, a patient who trains or one held out for the metrics.
+    ``upload_bytes_per_round``: of one hospital. ``dropped``: how many uploads the released sums do without, over all rounds and
+    splits. ``pooled_rounds``: the baseline's length, in rounds or, of ordinary training, in passes. ``training_patients``: of
+    the first split, held-out ones among them.
     """
 
     cohort: str
@@ -114,6 +138,7 @@ class Result:
     epsilon_spent: float | None
     attempts: int
     attempts_approved: int
+    released_sums: int
     pooled_rounds: tuple[int | None, ...]
     cross_validated_auc: float | None
     test_f1_macro: float | None
@@ -212,7 +237,7 @@ def summarize(outcomes: Sequence[Outcome], *, noise: bool, seeded: bool) -> Resu
         seconds_per_round=round(float(np.mean([record.seconds for record in records])), 4),
         overhead_s_per_round=round(float(np.mean(overhead)), 4) if overhead else 0.0,
         upload_bytes_per_round=max(record.upload_bytes for record in records),
-        dropped=0,  # strict mode: a sum is released with all hospitals in it, or not at all
+        dropped=sum(study.cohort.hospitals - len(record.survivors) for record in records),
         evaluation=first.cohort.evaluation,
         test_accuracy=mean([outcome.scores.accuracy for outcome in outcomes]),
         seeds=tuple(outcome.cohort.seed for outcome in outcomes),
@@ -224,6 +249,7 @@ def summarize(outcomes: Sequence[Outcome], *, noise: bool, seeded: bool) -> Resu
         epsilon_spent=max(spent(outcome) for outcome in outcomes) if noise else None,
         attempts=max(outcome.checkpoint.last_attempt for outcome in outcomes),
         attempts_approved=plan.attempts,
+        released_sums=study.released_sums,
         pooled_rounds=tuple(None if outcome.pooled is None else outcome.pooled.rounds for outcome in outcomes),
         cross_validated_auc=_cross_validated(outcomes),
         test_f1_macro=mean([outcome.scores.f1_macro for outcome in outcomes]),

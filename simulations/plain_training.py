@@ -108,16 +108,28 @@ class SharedAdvance:
         self._answer: ModelState | None = None
 
     def __call__(
-        self, state: ModelState, total: Integers, study: Study, *, grid_exponent: int, nominal_patients: int
+        self,
+        state: ModelState,
+        total: Integers,
+        study: Study,
+        *,
+        grid_exponent: int,
+        nominal_patients: int,
+        roster_patients: int | None = None,
     ) -> ModelState:
-        settings = f"{grid_exponent} {nominal_patients}".encode()
+        settings = f"{grid_exponent} {nominal_patients} {roster_patients}".encode()
         asked = hashlib.sha256(
             state_hash(study.hash(), state) + hashlib.sha256(total.data).digest() + settings
         ).digest()
         with self._lock:
             if self._answer is None or asked != self._asked:
                 self._answer = advance(
-                    state, total, study, grid_exponent=grid_exponent, nominal_patients=nominal_patients
+                    state,
+                    total,
+                    study,
+                    grid_exponent=grid_exponent,
+                    nominal_patients=nominal_patients,
+                    roster_patients=roster_patients,
                 )
                 self._asked = asked
             return self._answer

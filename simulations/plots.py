@@ -10,6 +10,7 @@ import numpy as np
 
 from medfed.errors import ConfigError
 from medfed.simulations.outcome import Outcome, Result, mean
+from medfed.wording import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,26 +60,27 @@ def metric_by_round(outcomes: Sequence[Outcome], result: Result) -> bytes:
 
 
 def epsilon_by_attempt(outcome: Outcome) -> bytes:
-    """PNG: epsilon spent by each attempt of the first split, and what the approved spare attempts could still cost."""
+    """PNG: epsilon spent by attempt at training in the first split, and what the spare attempts could still cost."""
     figure, axes = _canvas(3.2)
-    costs = [0.0, *outcome.epsilon_by_attempt()]
-    used, approved = outcome.checkpoint.last_attempt, outcome.assignment.plan.attempts
-    axes.plot(range(used + 1), costs[: used + 1], color=_RED, linewidth=2, marker="o", markersize=4, label="spent")
+    costs, plan = outcome.epsilon_by_attempt(), outcome.assignment.plan
+    used, approved = outcome.trained_attempts, outcome.assignment.study.training.attempts
+    has_metrics = plan.metrics_epsilon is not None
+    spent = {attempts: cost for attempts, cost in costs.items() if attempts <= used}
+    left = {attempts: cost for attempts, cost in costs.items() if attempts >= used}
+    label = "spent by a patient who trains" if has_metrics else "spent"
+    axes.plot([*spent], [*spent.values()], color=_RED, linewidth=2, marker="o", markersize=4, label=label)
     if approved > used:
-        axes.plot(
-            range(used, approved + 1),
-            costs[used:],
-            color=_RED,
-            linewidth=1.5,
-            linestyle=(0, (1, 2)),
-            label=f"{approved - used} spare attempts, not needed",
-        )
+        label = f"{counted(approved - used, 'spare attempt')}, not needed"
+        axes.plot([*left], [*left.values()], color=_RED, linewidth=1.5, linestyle=(0, (1, 2)), label=label)
+    if plan.metrics_epsilon is not None:
+        paid, label = [0.0] + [plan.metrics_epsilon] * 2, "spent by a patient held out for the metrics"
+        axes.plot([0, 1, used], paid, color=_BLUE, linewidth=2, label=label)
     axes.axhline(
-        costs[-1], color=_GRAY, linewidth=1.5, linestyle=(0, (5, 3)), label="approved by every hospital in advance"
+        plan.epsilon, color=_GRAY, linewidth=1.5, linestyle=(0, (5, 3)), label="approved by every hospital in advance"
     )
-    axes.set_xlabel("attempt (one a round, unless a round is lost)")
+    axes.set_xlabel("attempts at training (one a round, unless a round is lost)")
     axes.set_ylabel(f"epsilon of a {outcome.assignment.study.privacy.unit}")
-    axes.set_ylim(0, costs[-1] * 1.08)
+    axes.set_ylim(0, plan.epsilon * 1.08)
     axes.set_xlim(0, approved + 0.3)
     _whole_numbers(axes)
     axes.legend(loc="lower right", frameon=False, fontsize=9)
@@ -90,13 +92,15 @@ def epsilon_planned(planned: Outlook, rounds: int, delta: float) -> bytes:
     figure, axes = _canvas(3.2)
     points = [(0, 0.0), *((spent["attempts"], spent["epsilon"]) for spent in planned["epsilon_by_attempt"])]
     own = [point for point in points if point[0] <= rounds]
-    axes.plot(*zip(*own, strict=True), color=_RED, linewidth=2, marker="o", markersize=4, label=f"{rounds} rounds")
+    axes.plot(
+        *zip(*own, strict=True), color=_RED, linewidth=2, marker="o", markersize=4, label=counted(rounds, "round")
+    )
     spares = points[len(own) - 1 :]
     if len(spares) > 1:
-        label = f"{spares[-1][0] - rounds} spare attempts"
+        label = counted(spares[-1][0] - rounds, "spare attempt")
         axes.plot(*zip(*spares, strict=True), color=_RED, linewidth=1.5, linestyle=(0, (1, 2)), marker=".", label=label)
     axes.set_xlabel("attempts spent")
-    axes.set_ylabel(f"epsilon (delta {delta:g})")
+    axes.set_ylabel(f"epsilon of one who trains (delta {delta:g})")
     axes.set_ylim(0, points[-1][1] * 1.08)
     axes.set_xlim(0, points[-1][0] + 0.3)
     _whole_numbers(axes)

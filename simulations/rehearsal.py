@@ -24,11 +24,12 @@ from medfed.advance import released_weights
 from medfed.client.approval import approve, review
 from medfed.client.compute import choose_compute
 from medfed.client.daemon import open_hospital
-from medfed.client.hospital import Hospital
 from medfed.client.ledger import Ledger
 from medfed.client.local_steps import LocalUpdate, Noise, private_update
 from medfed.client.setup import SiteOptions, init_site, open_site
 from medfed.client.site import CONFIG_NAME, Site
+from medfed.display import shown
+from medfed.errors import ConfigError
 from medfed.model_choice import Cnn, LogisticRegression, Mlp, ModelChoice, Recurrent, Transformer
 from medfed.models.catalogue import build, is_rowwise
 from medfed.models.parameters import file_hash, flatten, to_safetensors
@@ -54,6 +55,7 @@ from medfed.server.setup import (
 )
 from medfed.server.store import Checkpoint, Store
 from medfed.server.study_file import render
+from medfed.simulations.absence import Absences, Handle, absent_in, handle_of
 from medfed.simulations.entropy import SeededEntropy
 from medfed.simulations.extract import IMAGES_NAME, PATIENT_COLUMN, SERIES_NAME, TABLE_NAME, Cohort
 from medfed.simulations.extract import Hospital as Split
@@ -88,17 +90,20 @@ Onlooker = Callable[[Assignment, Checkpoint, str], None]  # the coordinator's ob
 
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
-    """What to rehearse. ``epsilon`` None: no noise. ``seed`` None: randomness of the operating system. ``metrics``: hold
+    """What to rehearse. ``epsilon`` None: no noise. ``seed`` None: randomness of the operating system. ``drop_outs``: hospitals
+    that a round can do without; ``absences``: who takes no part when. ``metrics``: hold
     ``HELD_OUT`` of the training patients out, and measure the released model on them through the masked sum."""
 
     epsilon: float | None
     mode: Literal["local", "distributed"]
     colluders: int = 1
+    drop_outs: int = 0
     rounds: int | None = None
     spare_attempts: int | None = None
     seed: int | None = None
     model: str | None = None
     metrics: bool = False
+    absences: Absences = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,12 +201,13 @@ def lay_out(
     files = seams.files
     asked = task_of(files, cohort).metrics if study is None else study.metrics
     holdout = HELD_OUT if plan.metrics or asked is not None else 0.0
+    names = [hospital.name for hospital in cohort.hospitals]
+    for name, _ in plan.absences:
+        if name not in names:
+            raise ConfigError(203, f"no hospital is called {shown(name)}", f"name one of {', '.join(names)}")
     for hospital in cohort.hospitals:
-        place = folder / hospital.name
-        files.make_folder(place, private=True)
-        hospital.training.write(files, place)
-        options = _options(hospital, holdout, ports)
-        init_site(_seams_of(seams, plan, hospital.name), place, options)
+        own = _seams_of(seams, plan, hospital.name)
+        lay_out_hospital(folder / hospital.name, hospital, own, holdout, ports)
     office = folder / "coordinator"
     listen = Listen(host="127.0.0.1", port=ports.public, admin_port=ports.admin)
     init_office(_seams_of(seams, plan, "coordinator"), office, ["localhost", "127.0.0.1"], listen)
@@ -218,6 +224,13 @@ def lay_out(
             approve(site, reviewed, ledger)
         sites.append(site)
     return sites
+
+
+def lay_out_hospital(place: Path, hospital: Split, seams: Seams, holdout: float = 0.0, ports: Ports = NO_PORTS) -> None:
+    """One hospital's folder with its data, not yet enrolled."""
+    seams.files.make_folder(place, private=True)
+    hospital.training.write(seams.files, place)
+    init_site(seams, place, _options(hospital, holdout, ports))
 
 
 def _options(hospital: Split, holdout: float, ports: Ports) -> SiteOptions:
@@ -265,6 +278,7 @@ def _study(cohort: Cohort, plan: Rehearsal, roster: Roster, seams: Seams, given:
         mode=plan.mode,
         unit="patient",
         colluders=plan.colluders,
+        drop_outs=plan.drop_outs,
     )
     metrics = METRICS if plan.metrics and task.metrics is None else task.metrics
     wanted = task.model_copy(update={"training": training, "model": model, "metrics": metrics})
@@ -288,7 +302,14 @@ def _repinned(study: Study, roster: Roster) -> tuple[Study, bytes]:
     model = build(study)
     model_file = to_safetensors(model, flatten(model))
     choice = study.model.model_copy(update={"first_model_sha256": file_hash(model_file)})
-    cohort = study.cohort.model_copy(update={"hospitals": len(roster.hospitals), "roster_sha256": roster.hash().hex()})
+    hospitals = len(roster.hospitals)
+    pinned = {
+        "hospitals": hospitals,
+        "fewest_survivors": hospitals - study.cohort.drop_outs,
+        "most_hospitals": max(hospitals, study.cohort.most_hospitals),
+        "roster_sha256": roster.hash().hex(),
+    }
+    cohort = study.cohort.model_copy(update=pinned)
     return study.model_copy(update={"model": choice, "cohort": cohort}), model_file
 
 
@@ -300,14 +321,19 @@ def write_study(folder: Path, study: Study, model_file: bytes, roster: Roster, s
     seams.files.write(folder / STUDY_NAME, render(study).encode())
 
 
-def in_this_process(sites: Sequence[Site], plan: Rehearsal, train: Train) -> None:
-    """The ServerApp and ClientApps of production over the in-process grid, all hospitals in this process."""
+def in_this_process(
+    sites: Sequence[Site], plan: Rehearsal, train: Train, *, update: LocalUpdate | None = None, workers: int = 2
+) -> None:
+    """The ServerApp and ClientApps of production over the in-process grid, all hospitals in this process.
+
+    ``update``: what hospitals do in a study of local steps, in place of the plan's. ``workers``: threads that they share.
+    """
     from medfed.client.node import make_client_app
     from medfed.server.link.grid import make_server_app
     from medfed.simulations.grid import LocalGrid, run_local
 
     with contextlib.ExitStack() as stack:
-        shared, update = SharedAdvance(), local_update_of(plan)
+        shared, update = SharedAdvance(), update or local_update_of(plan)
         # one device for all, so that a deep model's batch is tried out once
         choose = functools.cache(choose_compute)
         opened = (
@@ -315,16 +341,21 @@ def in_this_process(sites: Sequence[Site], plan: Rehearsal, train: Train) -> Non
         )
         hospitals = [stack.enter_context(hospital) for hospital in opened]
         watch = Watch([site.config.hospital.name for site in sites])
-        handles = [watch.telling(position, one.handle) for position, one in enumerate(hospitals)]
-        grid = LocalGrid([make_client_app(handle) for handle in handles])
+        names = [site.config.hospital.name for site in sites]
+        handles = [
+            watch.telling(position, handle_of(one, absent_in(plan.absences, names[position])))
+            for position, one in enumerate(hospitals)
+        ]
+        grid = LocalGrid([make_client_app(handle) for handle in handles], workers)
         run_local(make_server_app(lambda exchange: train(watch.ending(exchange)), grid.node_ids), grid)
 
 
-def enter_hospital(stack: contextlib.ExitStack, config_path: Path, plan: Rehearsal) -> Hospital:
-    """One hospital of a laid-out rehearsal, opened until ``stack`` ends: for a backend that runs it elsewhere."""
+def enter_hospital(stack: contextlib.ExitStack, config_path: Path, plan: Rehearsal) -> Handle:
+    """What answers for one hospital of a laid-out rehearsal until ``stack`` ends: for a backend that runs it elsewhere."""
     site = open_site(system_seams(), config_path)
     mine = open_site(_seams_of(site.seams, plan, site.config.hospital.name), config_path)
-    return stack.enter_context(open_hospital(mine, noise_of(plan), local_update=local_update_of(plan)))
+    hospital = stack.enter_context(open_hospital(mine, noise_of(plan), local_update=local_update_of(plan)))
+    return handle_of(hospital, absent_in(plan.absences, site.config.hospital.name))
 
 
 def _run(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from medfed import metrics
+from medfed.privacy.page import rounded_up, times
 from medfed.simulations.outcome import NO_NOISE, SEEDED, SIMULATED, Outcome, Result, measured, spent
 from medfed.simulations.own_table import CONSTANTS_FROM_DATA
 from medfed.simulations.pooled import BATCH, RATE
 from medfed.simulations.synthetic import SYNTHETIC
+from medfed.wording import counted
 
 METRIC_PLOT = "metric_by_round.png"
 EPSILON_PLOT = "epsilon_by_attempt.png"
 HOSPITAL_PLOT = "metric_by_hospital.png"
+
+WEAK = 4.6  # epsilon: from about 100 times on
 
 _STAMP_WORDS = {
     SIMULATED: f"{SIMULATED}: all hospitals ran on this machine, on public patients or your own",
@@ -34,8 +37,7 @@ def epsilon_in_words(result: Result) -> str:
     """What epsilon means to a patient, in one sentence."""
     if result.epsilon is None:
         return "No noise was added: nothing limits what this model may tell about a patient."
-    factor = math.exp(result.epsilon)
-    limit = f"{factor:.2f} times" if factor < 100 else f"{factor:,.0f} times (a limit too weak to mean much)"
+    limit = f"{times(result.epsilon)} times" + " (a limit too weak to mean much)" * (result.epsilon > WEAK)
     return (
         f"Whether or not one {result.unit}'s data are used, no conclusion drawn from this model becomes more than "
         f"{limit} as likely, apart from a chance of {result.delta:g} (delta)."
@@ -56,9 +58,10 @@ def report(outcomes: Sequence[Outcome], result: Result) -> str:
     """The report in Markdown; its plots lie beside it."""
     first = outcomes[0]
     study = first.assignment.study
+    hospitals, rounds = counted(result.hospitals, "hospital"), counted(result.rounds, "round")
     numbers = ", ".join(f"{name} {number}" for name, number in result.versions.items())
     sections = [
-        ("", [f"# {result.cohort}: {result.hospitals} hospitals, {result.rounds} rounds", "", study.study.purpose]),
+        ("", [f"# {result.cohort}: {hospitals}, {rounds}", "", study.study.purpose]),
         ("", [f"> **{line}**  " for line in stamp_lines(result)]),
         ("What was learned", [*_learned(result), "", f"![AUC by round]({METRIC_PLOT})", "", _measured(first, result)]),
         *((("What the hospitals measured", _measured_together(first, result)),) if result.held_out_metrics else ()),
@@ -150,18 +153,17 @@ def _measured_together(first: Outcome, result: Result) -> list[str]:
 def _cost(first: Outcome, result: Result) -> list[str]:
     if result.epsilon is None:
         return [f"**{NO_NOISE}.** {epsilon_in_words(result)}"]
-    spare = result.attempts_approved - result.rounds
     plan = first.assignment.plan
     lines = [
-        f"**epsilon {result.epsilon:.4g}, delta {result.delta:g}**, for each {result.unit}, mode {result.mode}. "
+        f"**epsilon {rounded_up(result.epsilon)}, delta {result.delta:g}**, for each {result.unit}, mode {result.mode}. "
         f"{epsilon_in_words(result)}",
         "",
         f"![epsilon by attempt]({EPSILON_PLOT})",
         "",
-        f"The noise is calibrated for {result.rounds} rounds and {spare} spare attempts, and that is what hospitals "
-        f"approve; this run used {first.checkpoint.last_attempt} attempts, epsilon {spent(first):.4g}. Should the secure "
+        f"The noise is calibrated for {first.attempts_asked}, and that is what hospitals approve; this run used "
+        f"{counted(first.checkpoint.last_attempt, 'attempt')}, {spent_in_words(first)}. Should the secure "
         f"sum fail and every upload be seen unmasked, each hospital's own noise still gives epsilon "
-        f"{plan.own_epsilon:.4g}. `privacy.json` has the particulars.",
+        f"{rounded_up(plan.own_epsilon)}. `privacy.json` has the particulars.",
     ]
     if len(result.seeds) > 1:
         lines += [
@@ -169,6 +171,18 @@ def _cost(first: Outcome, result: Result) -> list[str]:
             "Each split is a federation of its own with its own epsilon; `model.safetensors` is the first one's.",
         ]
     return lines
+
+
+def spent_in_words(outcome: Outcome) -> str:
+    """``epsilon 0.9``, and of whom where those who train and those held out for the metrics pay apart."""
+    plan = outcome.assignment.plan
+    if plan.metrics_epsilon is None:
+        return f"epsilon {rounded_up(spent(outcome))}"
+    trained = rounded_up(plan.trained_epsilon_after(outcome.trained_attempts))
+    return (
+        f"epsilon {trained} of a patient who trains, {rounded_up(plan.metrics_epsilon)} of one held out for the metrics "
+        "(charged in full with the first attempt)"
+    )
 
 
 def _hospitals(first: Outcome, result: Result) -> list[str]:

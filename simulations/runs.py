@@ -113,6 +113,8 @@ def _decided(study: Study | None, plan: Rehearsal | None) -> Rehearsal:
         epsilon=None if plan is not None and plan.epsilon is None else study.privacy.epsilon,
         mode=study.privacy.mode,
         colluders=study.cohort.colluders,
+        drop_outs=study.cohort.drop_outs,
+        absences=() if plan is None else plan.absences,
         seed=None if plan is None else plan.seed,
     )
 
@@ -170,7 +172,7 @@ class _Onlooker:
         if now == self._shown:
             return
         self._shown = now
-        spent = f"epsilon {assignment.plan.running_epsilon(now[0]):.2f}" if self._is_private else "no noise"
+        spent = f"epsilon at most {assignment.plan.running_epsilon(now[0]):.2f}" if self._is_private else "no noise"
         self._progress.update(self._before + now[1], f"{self._split}, {spent}")
 
 

@@ -11,12 +11,18 @@ from rich.console import Console
 from rich.table import Table
 
 from medfed import metrics
+from medfed.privacy.page import rounded_up
 from medfed.simulations.outcome import Outcome, Result, measured
 from medfed.simulations.own_table import EVALUATION as OWN_TABLE
-from medfed.simulations.report import auc, baseline, epsilon_in_words, spread, stamp_lines
+from medfed.simulations.report import auc, baseline, epsilon_in_words, spent_in_words, spread, stamp_lines
 from medfed.simulations.runs import Simulation
+from medfed.wording import counted
 
 _WIDEST = 110
+_FILES_WITHOUT_NOISE = {
+    "privacy.md": "that nothing is promised to a patient",
+    "privacy.json": "the same for programs; nobody signed it",
+}
 _FILES = {
     "report.md": "all of this with plots",
     "model.safetensors": "the trained model",
@@ -45,7 +51,7 @@ def show_run(simulation: Simulation, *, has_study: bool) -> None:
     )
     console.print(_table(result, first))
     console.print(f"\nFiles in {_short(simulation.folder)}")
-    for name, what in _FILES.items():
+    for name, what in (_FILES | (_FILES_WITHOUT_NOISE if result.epsilon is None else {})).items():
         console.print(f"  {name:<18} {what}")
     console.print("\nTry next")
     for command, what in _next(simulation, has_study):
@@ -64,7 +70,10 @@ def _table(result: Result, first: Outcome) -> Table:
         table.add_row(
             "all folds together", f"{auc(result.cross_validated_auc)}, each by the model that did not train on it"
         )
-    table.add_row("without privacy", f"{baseline(result)}, the same model on everybody's data in one place")
+    if any(result.pooled_rounds):
+        table.add_row("without privacy", f"{baseline(result)}, the same model on everybody's data in one place")
+    else:
+        table.add_row("without privacy", "no model was trained to compare with (--no-baseline)")
     if result.test_accuracy is not None:
         f1 = "" if result.test_f1_macro is None else f"; mean F1 over classes {result.test_f1_macro:.3f}"
         table.add_row("test accuracy", f"{result.test_accuracy:.3f}{f1}")
@@ -74,12 +83,10 @@ def _table(result: Result, first: Outcome) -> Table:
     if result.epsilon is None:
         table.add_row("epsilon", f"none. {epsilon_in_words(result)}")
     else:
-        said = f"{result.epsilon:.4g} for each {result.unit}, mode {result.mode}. {epsilon_in_words(result)}"
+        said = f"{rounded_up(result.epsilon)} for each {result.unit}, mode {result.mode}. {epsilon_in_words(result)}"
         table.add_row("epsilon", said)
-        spares = result.attempts_approved - result.rounds
-        table.add_row(
-            "", f"{result.epsilon_spent:.3g} of it was spent; the rest is kept for {spares} rounds that may be lost"
-        )
+        used = counted(first.checkpoint.last_attempt, "attempt")
+        table.add_row("", f"spent by {used}: {spent_in_words(first)}; approved were {first.attempts_asked}")
     traffic = f"each hospital sent {result.upload_bytes_per_round:,} bytes in each"
     table.add_row("rounds", f"{result.rounds} of {result.seconds_per_round:.2f} s; {traffic}")
     return table

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -74,7 +75,13 @@ _STUDY = {
         "epsilon": 8.0,
     },
     "quantization": {"ring_bits": 32, "range": 32.0},
-    "cohort": {"hospitals": 4, "colluders": 1, "roster_sha256": "cd" * 32},
+    "cohort": {
+        "hospitals": 4,
+        "colluders": 1,
+        "fewest_survivors": 4,
+        "most_hospitals": 4,
+        "roster_sha256": "cd" * 32,
+    },
     "deadlines": {"setup_s": 120.0, "round_s": 60.0},
 }
 
@@ -148,17 +155,19 @@ def seams(clock: FakeClock) -> Seams:
 
 TASK_FILE = Path(__file__).parent / "tiny_task.toml"
 NAMES = ("Ahaus", "Bonn", "Celle", "Daun")
+MORE_NAMES = ("Emden", "Fulda", "Goslar")
 
 
-def _cohort() -> Cohort:
-    """Four hospitals with 5 to 8 patients of one to three records each."""
+def _cohort(number: int = len(NAMES)) -> Cohort:
+    """``number`` hospitals with 5, 6, ... patients of one to three records each."""
+    everybody = (*NAMES, *MORE_NAMES)[:number]
     from medfed.simulations.cohorts import Cohort, Extract
     from medfed.simulations.cohorts import Hospital as Split
 
     def table(hospital: int, patients: int) -> Extract:
         rows = [
             (
-                f"{NAMES[hospital]}-p{patient}",
+                f"{everybody[hospital]}-p{patient}",
                 str(30 + 7 * patient + record + hospital),
                 f"{patient % 5}.{record}",
                 ("yes", "no")[(patient + record) % 2],
@@ -170,7 +179,7 @@ def _cohort() -> Cohort:
         names = ("patient", "age", "lactate", "ventilated", "ill")
         return Extract(dict(zip(names, zip(*rows, strict=True), strict=True)))
 
-    hospitals = tuple(Split(name, table(place, 5 + place), table(place, 2)) for place, name in enumerate(NAMES))
+    hospitals = tuple(Split(name, table(place, 5 + place), table(place, 2)) for place, name in enumerate(everybody))
     return Cohort("tiny", str(TASK_FILE), 1e-3, hospitals, "none", "made up")
 
 
@@ -180,7 +189,7 @@ def tiny_cohort() -> Cohort:
     return _cohort()
 
 
-LayOut = Callable[[Changes], Path]
+LayOut = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
@@ -200,24 +209,32 @@ def lay_out_once(quick_folder: Path) -> LayOut:
 
     The argument: what is replaced in the task's file.
     """
-    from medfed.simulations.rehearsal import Rehearsal, lay_out
+    from medfed.simulations.rehearsal import Rehearsal, lay_out, lay_out_hospital
+    from medfed.study import load_study
 
-    made: dict[Changes, Path] = {}
+    made: dict[tuple[Changes, int, int, int], Path] = {}
 
-    def once(changes: Changes) -> Path:
-        if changes not in made:
+    def once(changes: Changes, hospitals: int = len(NAMES), drop_outs: int = 0, room: int = 0) -> Path:
+        key = (changes, hospitals, drop_outs, room)
+        if key not in made:
             text = TASK_FILE.read_text()
             for old, new in changes:
                 assert old in text
                 text = text.replace(old, new)
-            folder = quick_folder / f"blank-{len(made)}"
-            folder.mkdir()
+            folder = Path(tempfile.mkdtemp(prefix="blank-", dir=quick_folder))
             (folder / "task.toml").write_text(text)
             seams = Seams(FakeClock(), SystemNetwork(), SystemFiles(), SystemEntropy())
-            cohort = replace(_cohort(), task=str(folder / "task.toml"))
-            lay_out(folder, cohort, Rehearsal(epsilon=8.0, mode="local", seed=1), seams)
-            made[changes] = folder
-        return made[changes]
+            cohort = replace(_cohort(hospitals), task=str(folder / "task.toml"))
+            plan, study = Rehearsal(epsilon=8.0, mode="local", seed=1, drop_outs=drop_outs), None
+            if room:
+                study = load_study(seams.files, once(changes, hospitals, drop_outs) / "coordinator/study/study.toml")
+                wider = study.cohort.model_copy(update={"most_hospitals": room})
+                study = study.model_copy(update={"cohort": wider})
+                for joiner in _cohort(len(NAMES + MORE_NAMES)).hospitals[hospitals:]:
+                    lay_out_hospital(folder / joiner.name, joiner, seams)
+            lay_out(folder, cohort, plan, seams, study)
+            made[key] = folder
+        return made[key]
 
     return once
 
@@ -241,7 +258,8 @@ class World:
         self.run_folder = run_folder(self.office, self.assignment)
         self.store = Store(self.base.files, self.run_folder, self.study, self.assignment.plan.words)
         self.hospitals: dict[int, Hospital] = {}
-        self._starts = dict.fromkeys([*NAMES, "coordinator"], 0)
+        self.names = [entry.hospital for entry in self.assignment.roster.hospitals]
+        self._starts: Counter[str] = Counter()
         self._open: dict[int, contextlib.ExitStack] = {}
 
     def seams_of(self, owner: str) -> Seams:
@@ -251,16 +269,26 @@ class World:
         self._starts[owner] += 1
         return replace(self.base, entropy=SeededEntropy(1, f"{owner}/{self._starts[owner]}"))
 
+    def extend(self, *names: str) -> None:
+        """Put hospitals that are laid out at the end of the roster; the coordinator's next start reads it."""
+        from medfed.server.daemon import load_assignment
+        from medfed.server.study_folder import extend_roster
+
+        documents = [self.folder / name / "enrolment.json" for name in names]
+        extend_roster(self.base.files, self.office.study_path, documents)
+        self.assignment = load_assignment(self.office)
+        self.names = [entry.hospital for entry in self.assignment.roster.hospitals]
+
     def place(self, position: int) -> Path:
         """A hospital's folder for this study."""
-        return self.folder / NAMES[position] / "studies" / self.study_hash.hex()
+        return self.folder / self.names[position] / "studies" / self.study_hash.hex()
 
     def site(self, position: int, **seams: object) -> Site:
         """``site(0, entropy=...)``: with a seam replaced."""
         from medfed.client.site import load_site
 
-        mine = replace(self.seams_of(NAMES[position]), **seams)
-        return load_site(mine, self.folder / NAMES[position] / "hospital.toml")
+        mine = replace(self.seams_of(self.names[position]), **seams)
+        return load_site(mine, self.folder / self.names[position] / "hospital.toml")
 
     def start(self, position: int, noise: Noise | None = None, **seams: object) -> Hospital:
         """Start (or kill and start again) a hospital's process."""
@@ -275,7 +303,7 @@ class World:
         return self.hospitals[position]
 
     def start_all(self, noise: Noise | None = None) -> None:
-        for position in range(len(NAMES)):
+        for position in range(len(self.names)):
             self.start(position, noise)
 
     def kill(self, position: int) -> None:
@@ -302,11 +330,15 @@ MakeWorld = Callable[..., World]
 
 @pytest.fixture
 def make_world(lay_out_once: LayOut, quick_folder: Path, clock: FakeClock) -> Iterator[MakeWorld]:
-    """``make_world()``: a fresh copy of the laid-out federation under the fake clock; closed and removed at the end."""
+    """``make_world()``: a fresh copy of the laid-out federation under the fake clock; closed and removed at the end.
+
+    ``hospitals``, ``drop_outs``: of another federation than the one of four that are all needed. ``room``: so many may be summed;
+    then those of ``MORE_NAMES`` that are not enrolled are laid out as well.
+    """
     with contextlib.ExitStack() as stack:
 
-        def make(*changes: tuple[str, str]) -> World:
-            blank = lay_out_once(changes)
+        def make(*changes: tuple[str, str], hospitals: int = len(NAMES), drop_outs: int = 0, room: int = 0) -> World:
+            blank = lay_out_once(changes, hospitals, drop_outs, room)
             folder = stack.enter_context(tempfile.TemporaryDirectory(dir=quick_folder))
             shutil.copytree(blank, folder, dirs_exist_ok=True)
             return World(Path(folder), clock, stack)

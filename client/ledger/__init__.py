@@ -1,8 +1,8 @@
 """The hospital's privacy ledger: debit, sync to disk, then release.
 
 ``entries`` says what a row is, ``rows`` fills it, ``chain`` says what must hold over all of them, ``store`` keeps them in
-SQLite, ``accounts`` does the sums, ``view`` reads, ``lock`` locks what others saw a later copy of, and ``book`` is what the
-hospital calls to spend.
+SQLite, ``ids`` says what tells patients apart, ``accounts`` does the sums, ``view`` reads, ``lock`` locks what others saw a later
+copy of, and ``book`` is what the hospital calls to spend.
 """
 
 from medfed.client.ledger.accounts import (
@@ -17,6 +17,7 @@ from medfed.client.ledger.accounts import (
 )
 from medfed.client.ledger.book import Ledger
 from medfed.client.ledger.entries import AttemptState, Entry, Kind
+from medfed.client.ledger.ids import PatientIds
 from medfed.client.ledger.lock import lock, require_unlocked
 from medfed.client.ledger.view import LedgerView, Sealed, VerifyReport
 from medfed.witness import Head
@@ -33,6 +34,7 @@ __all__ = [
     "Kind",
     "Ledger",
     "LedgerView",
+    "PatientIds",
     "Reservation",
     "Sealed",
     "StudyState",

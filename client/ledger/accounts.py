@@ -17,6 +17,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
+from medfed.client.ledger.ids import PatientIds
 from medfed.errors import BudgetExhausted, LocalProtocolError
 from medfed.privacy.accounting import ORDERS, Bounds, Mechanism, compose, epsilon, micro, running
 from medfed.privacy.filter import filter_epsilon
@@ -39,10 +40,12 @@ class Caps:
 class Approval:
     """What a hospital agrees to: the study by its hash, and the fixed list of ``attempts`` it may cost.
 
-    ``study``, ``roster``, ``first_model``: SHA-256. ``delta``: of the study. ``nominal_patients``: the size declared
-    in the roster. ``unconfirmed``: Ed25519 keys of peers whose fingerprints this hospital could not check.
-    ``approved_wall_s``: seconds since 1970 by the hospital's clock. ``stages``: how many of the attempts may be of which rounds;
-    none where all are of one kind. ``holdout``: the share of patients who never train, where the price rests on who they are.
+    ``study``, ``roster``, ``first_model``: SHA-256; of a study that stands, the latest roster. ``delta``: of the study.
+    ``nominal_patients``: the size declared in the roster. ``unconfirmed``: Ed25519 keys of peers whose fingerprints this hospital
+    could not check.
+    ``approved_wall_s``: seconds since 1970 by the hospital's clock. ``ids``: what the patients' hashes are made by. ``stages``:
+    how many of the attempts may be of which rounds; none where all are of one kind. ``holdout``: the share of patients who never
+    train, where the price rests on who they are.
     """
 
     study: bytes
@@ -55,11 +58,12 @@ class Approval:
     nominal_patients: int
     unconfirmed: tuple[bytes, ...]
     approved_wall_s: float
+    ids: PatientIds
     stages: tuple[Stage, ...] = ()
     holdout: float | None = None
 
     def __post_init__(self) -> None:
-        digests = (self.study, self.roster, self.first_model, *self.unconfirmed)
+        digests = (self.study, self.roster, self.first_model, self.ids.key, *self.unconfirmed)
         sound = all(len(digest) == HASH_BYTES for digest in digests) and self.attempts >= 1 and 0.0 < self.delta < 1.0
         if not sound or not self._is_priced_by_stage():
             raise LocalProtocolError(900, "approval is malformed", "report this as a fault of medfed")
@@ -90,13 +94,14 @@ class StudyState(Enum):
 class ApprovedStudy:
     """An approval as it stands in the ledger.
 
-    ``seq``: its row. ``snapshot``: digest of its ``patients`` keyed hashes. ``shares_patients_with``: rows of earlier
-    approvals with a common patient. ``epsilon``: of the whole list, as it was approved. ``events``: attempts charged.
-    ``charged``: of them by stage. ``highest_attempt``: 0 before the first.
+    ``seq``: its row. ``caps``: in force then. ``snapshot``: digest of its ``patients`` keyed hashes. ``shares_patients_with``:
+    rows of earlier approvals with a common patient, of those that counted then. ``epsilon``: of the whole list, as it was
+    approved. ``events``: attempts charged. ``charged``: of them by stage. ``highest_attempt``: 0 before the first.
     """
 
     seq: int
     approval: Approval
+    caps: Caps
     patients: int
     snapshot: bytes
     shares_patients_with: tuple[int, ...]
@@ -105,6 +110,11 @@ class ApprovedStudy:
     events: int
     charged: tuple[int, ...]
     highest_attempt: int
+
+    @property
+    def counts(self) -> bool:
+        """Whether it has cost its patients anything or still may; one that ended unused binds nobody."""
+        return self.events > 0 or self.state is StudyState.OPEN
 
     @property
     def attempts_left(self) -> int:
@@ -136,7 +146,7 @@ class ApprovalOutlook:
     ``study``: both bounds of all attempts at the study's delta. ``lifetime_before``: spent and promised so far;
     ``lifetime_after``: with this study's whole list; both as of a list known beforehand. ``filter_after``: what the privacy
     filter holds against the lifetime cap, which stays true when later studies are chosen by earlier results. ``account``:
-    other studies on the same account, by hash.
+    other studies on the same account, by hash; ``apart``: how many others count in this ledger.
     """
 
     study: Bounds
@@ -144,6 +154,7 @@ class ApprovalOutlook:
     lifetime_after: float
     filter_after: float
     account: tuple[bytes, ...]
+    apart: int
 
     @property
     def epsilon_study(self) -> float:
@@ -258,9 +269,19 @@ def price(total: NDArray[np.float64], delta: float) -> float:
     return epsilon(total, delta) if total.any() else 0.0
 
 
-def filtered(total: NDArray[np.float64], caps: Caps) -> float:
-    """What the lifetime filter holds against its cap; 0 for nothing."""
-    return filter_epsilon(total, caps.max_epsilon_lifetime, caps.lifetime_delta) if total.any() else 0.0
+def filtered(total: NDArray[np.float64], caps: Caps, account: Iterable[ApprovedStudy]) -> float:
+    """What the lifetime filter holds against its cap; 0 for nothing.
+
+    A filter whose order is picked after seeing results is none. So it is that of the caps under which the ``account`` was
+    begun, of each beginning where several have grown together; editing the caps never makes the same spending count less.
+    """
+    if not total.any():
+        return 0.0
+    begun = [known.caps for known in account if not known.shares_patients_with] or [caps]
+    return max(
+        filter_epsilon(total, first.max_epsilon_lifetime, first.lifetime_delta, at_most=caps.lifetime_delta)
+        for first in begun
+    )
 
 
 def require_study_fits(value: float, caps: Caps) -> float:
@@ -269,9 +290,9 @@ def require_study_fits(value: float, caps: Caps) -> float:
     return value
 
 
-def require_lifetime_fits(total: NDArray[np.float64], caps: Caps) -> float:
+def require_lifetime_fits(total: NDArray[np.float64], caps: Caps, account: Iterable[ApprovedStudy]) -> float:
     """The filter's figure for an account's events; ``BudgetExhausted`` (MF-501) where it would pass its cap."""
-    figure = filtered(total, caps)
+    figure = filtered(total, caps, account)
     _require(figure, caps.max_epsilon_lifetime, "these patients' lifetime", "max_epsilon_lifetime")
     return figure
 

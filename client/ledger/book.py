@@ -40,6 +40,7 @@ from medfed.client.ledger.entries import (
     EmptyBody,
     Kind,
     ReasonBody,
+    RosterBody,
     SealedBody,
 )
 from medfed.client.ledger.lock import require_unlocked
@@ -82,8 +83,8 @@ class Ledger(LedgerView):
     def open(cls, files: Files, path: Path, identity: Identity) -> Ledger:
         """Take the one-writer lock, check durability and the whole chain.
 
-        Raises: 401 no ledger there, or another than the one begun there; 402, 403, 404, 406 damage; 405 others saw a
-        later one; 601 the volume is not safe; 620 another process holds it.
+        Raises: 204 the file is a link or has a second name; 401 no ledger there, or another than the one begun there; 402, 403,
+        404, 406 damage; 405 others saw a later one; 601 the volume is not safe; 620 another process holds it.
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(files.lock(_lock_path(path)))
@@ -111,10 +112,12 @@ class Ledger(LedgerView):
 
         ``patients``: keyed hashes (32 bytes, one key a hospital, the same for every study) of the ids in the snapshot.
         Raises: ``BudgetExhausted`` 501 above a cap; ``PrivacyError`` 125 if the study is closed, withdrawn or approved
-        with other contents (the same again is fine); ``DataError`` 310 without patients.
+        with other contents (the same again is fine), 340 if the hashes are made by another key or column than before;
+        ``DataError`` 310 without patients.
         """
         distinct = frozenset(patients)
         with self._store.transaction():
+            self.require_same_ids(approval.ids)
             known = self._find(approval.study)
             if known is not None and self._is_same(known, approval, distinct):
                 return self._outlook_of(known, caps)
@@ -123,6 +126,21 @@ class Ledger(LedgerView):
             entry = self._store.append(Draft(Kind.APPROVED, approval.study, 0, body))
             self._store.add_patients(entry.seq, distinct)
         return outlook
+
+    def pin_roster(self, study: bytes, roster: bytes, unconfirmed: Iterable[bytes], now_wall: float) -> None:
+        """From now on this is the study's roster, and these of its hospitals are unconfirmed. It costs nothing; twice is fine.
+
+        Whether it follows from the one before is the caller's to check: the ledger knows hashes only. Raises ``PrivacyError``:
+        123 not approved, 125 closed or withdrawn.
+        """
+        with self._store.transaction():
+            known, keys = self.approved(study), sorted(unconfirmed)
+            _require_open(known)
+            if (known.approval.roster, sorted(known.approval.unconfirmed)) == (roster, keys):
+                return
+            body = RosterBody(roster=roster.hex(), unconfirmed=[key.hex() for key in keys], wall_s=float(now_wall))
+            number = len(self._store.select("WHERE study = ? AND kind = 'ROSTER'", (study,))) + 1
+            self._store.append(Draft(Kind.ROSTER, study, -number, body))
 
     def close_study(self, study: bytes, reason: str) -> None:
         """The study is over: what it did not use is free again for others; nothing more leaves. Twice is fine."""
@@ -178,7 +196,7 @@ class Ledger(LedgerView):
             require_study_fits(after.epsilon_so_far, caps),
             price(before, caps.lifetime_delta),
             price(total, caps.lifetime_delta),
-            require_lifetime_fits(total, caps),
+            require_lifetime_fits(total, caps, account),
         )
 
     def seal(self, study: bytes, attempt: int, vector_hash: bytes, pad_id: bytes, reply_hash: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -49,17 +50,23 @@ def check_link(entry: Entry, number: int, previous: bytes) -> None:
 
 
 def check_moves(entries: Iterable[Entry]) -> None:
-    """Every attempt only ever made legal moves, each in an approved study, each attempt number above the last; and what was
-    charged by kind of round is what the rows say."""
+    """Every attempt only ever made legal moves, each in an approved study, each attempt number above the last; what was
+    charged by kind of round is what the rows say; and the rosters of an approved study are counted without a gap."""
     states: dict[tuple[bytes, int], AttemptState] = {}
     highest: dict[bytes, int] = {}
     stages: dict[bytes, list[StageBody]] = {}
     charged: dict[bytes, list[int]] = {}
+    rosters: Counter[bytes] = Counter()
     for entry in entries:
         if entry.kind is Kind.APPROVED:
             highest[entry.study] = 0
             stages[entry.study] = entry.read(ApprovedBody).stages
             charged[entry.study] = [0] * len(stages[entry.study])
+        if entry.kind is Kind.ROSTER:
+            rosters[entry.study] += 1
+            if entry.study not in highest or entry.attempt != -rosters[entry.study]:
+                raise altered(entry.seq)
+            continue
         if entry.attempt == 0:
             continue
         key, move = (entry.study, entry.attempt), AttemptState(entry.kind.value)

@@ -29,6 +29,7 @@ class Kind(Enum):
 
     BEGUN = "BEGUN"
     APPROVED = "APPROVED"
+    ROSTER = "ROSTER"
     RESERVED = "RESERVED"
     SEALED = "SEALED"
     RELEASED = "RELEASED"
@@ -95,8 +96,9 @@ class StageBody(Body):
 class ApprovedBody(Body):
     """A study with its fixed list of events, and the patients whose account it draws on.
 
-    ``snapshot`` is the digest of the keyed patient hashes kept in the side table; ``shares_patients_with`` lists the
-    earlier approvals (row numbers) that have at least one patient in common with this one. ``stages``: none where all attempts
+    ``snapshot`` is the digest of the keyed patient hashes kept in the side table, which ``patients_key`` (a commitment to it)
+    and ``patient_column`` made; ``shares_patients_with`` lists the earlier approvals (row numbers) that have at least one patient
+    in common with this one, and had cost something or still could. ``stages``: none where all attempts
     are of one kind; ``holdout``: where metrics are among them. ``study_micro`` is the smaller of the two bounds after it;
     ``filter_after_micro`` what the lifetime filter holds against its cap.
     """
@@ -112,6 +114,8 @@ class ApprovedBody(Body):
     approved_wall_s: float
     patients: Annotated[int, Field(ge=1)]
     snapshot: Hex
+    patients_key: Hex
+    patient_column: str
     shares_patients_with: list[int]
     stages: list[StageBody]
     holdout: Annotated[float, Field(ge=0, le=0.5)] | None
@@ -122,6 +126,14 @@ class ApprovedBody(Body):
     lifetime_before_micro: Micro
     lifetime_after_micro: Micro
     filter_after_micro: Micro
+
+
+class RosterBody(Body):
+    """Of an approved study, from now on: its roster, and those of it whose fingerprints this hospital could not check."""
+
+    roster: Hex
+    unconfirmed: list[Hex]
+    wall_s: float
 
 
 class ReservedBody(Body):
@@ -163,6 +175,7 @@ class EmptyBody(Body):
 BODIES: dict[Kind, type[Body]] = {
     Kind.BEGUN: BegunBody,
     Kind.APPROVED: ApprovedBody,
+    Kind.ROSTER: RosterBody,
     Kind.RESERVED: ReservedBody,
     Kind.SEALED: SealedBody,
     Kind.RELEASED: EmptyBody,
@@ -177,7 +190,7 @@ BodyType = TypeVar("BodyType", bound=Body)
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One row. ``study`` is all zero and ``attempt`` 0 where a row concerns none."""
+    """One row. ``study`` is all zero and ``attempt`` 0 where a row concerns none; of a study's rosters it is -1, -2, ..."""
 
     seq: int
     kind: Kind

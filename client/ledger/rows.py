@@ -11,25 +11,27 @@ from medfed.client.ledger.accounts import (
     StudyState,
     snapshot_digest,
 )
-from medfed.client.ledger.entries import ApprovedBody, CapsBody, Entry, ReservedBody, StageBody
+from medfed.client.ledger.entries import ApprovedBody, CapsBody, Entry, ReservedBody, RosterBody, StageBody
+from medfed.client.ledger.ids import PatientIds
 from medfed.privacy.accounting import Mechanism, micro
 from medfed.study import Stage
 
 
-def contents(approval: Approval) -> tuple[object, ...]:
-    """What two approvals must have in common to be one: all but the time."""
-    return (
-        approval.study,
-        approval.roster,
-        approval.first_model,
-        approval.mechanism.to_json(),
-        approval.attempts,
-        approval.delta,
-        approval.nominal_patients,
-        sorted(approval.unconfirmed),
-        approval.stages,
-        approval.holdout,
-    )
+def contents(approval: Approval) -> dict[str, object]:
+    """What two approvals must have in common to be one, each by its name: all but the time."""
+    return {
+        "the study": approval.study,
+        "the roster": approval.roster,
+        "the first model": approval.first_model,
+        "the noise": approval.mechanism.to_json(),
+        "the number of attempts": approval.attempts,
+        "delta": approval.delta,
+        "the declared patients": approval.nominal_patients,
+        "the confirmed peers": sorted(approval.unconfirmed),
+        "what tells patients apart": approval.ids,
+        "the kinds of rounds": approval.stages,
+        "holdout": approval.holdout,
+    }
 
 
 def caps_body(caps: Caps) -> CapsBody:
@@ -55,6 +57,8 @@ def approved_body(
         approved_wall_s=float(approval.approved_wall_s),
         patients=len(patients),
         snapshot=snapshot_digest(patients).hex(),
+        patients_key=approval.ids.key.hex(),
+        patient_column=approval.ids.column,
         shares_patients_with=sorted(touching),
         caps=caps_body(caps),
         stages=[
@@ -94,27 +98,32 @@ def stages_of(body: ApprovedBody) -> tuple[Stage, ...]:
     return tuple(Stage(stage.kind, stage.first_round, stage.last_round, stage.attempts) for stage in body.stages)
 
 
-def approved_study(entry: Entry, state: StudyState, events: int, last: Entry | None) -> ApprovedStudy:
-    """``last``: the reservation of the highest attempt, if there is any."""
+def approved_study(
+    entry: Entry, roster: Entry | None, state: StudyState, events: int, last: Entry | None
+) -> ApprovedStudy:
+    """``roster``: the latest row of one that followed; ``last``: the reservation of the highest attempt, if there is any."""
     body = entry.read(ApprovedBody)
+    pinned = body if roster is None else roster.read(RosterBody)
     charged = [0] * len(body.stages) if last is None else last.read(ReservedBody).charged
     approval = Approval(
         study=entry.study,
         name=body.name,
-        roster=bytes.fromhex(body.roster),
+        roster=bytes.fromhex(pinned.roster),
         first_model=bytes.fromhex(body.first_model),
         mechanism=Mechanism.from_json(body.mechanism),
         attempts=body.attempts,
         delta=body.delta,
         nominal_patients=body.nominal_patients,
-        unconfirmed=tuple(bytes.fromhex(key) for key in body.unconfirmed),
+        unconfirmed=tuple(bytes.fromhex(key) for key in pinned.unconfirmed),
         approved_wall_s=body.approved_wall_s,
+        ids=PatientIds(bytes.fromhex(body.patients_key), body.patient_column),
         stages=stages_of(body),
         holdout=body.holdout,
     )
     return ApprovedStudy(
         seq=entry.seq,
         approval=approval,
+        caps=Caps(body.caps.max_epsilon_study, body.caps.max_epsilon_lifetime, body.caps.lifetime_delta),
         patients=body.patients,
         snapshot=bytes.fromhex(body.snapshot),
         shares_patients_with=tuple(body.shares_patients_with),

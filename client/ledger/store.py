@@ -204,7 +204,7 @@ class Store:
         They are looked up in an index: to read every row for them would make a debit cost more with each one before it.
         """
         marks = ",".join("?" * len(kinds))
-        found = f"SELECT seq FROM entries WHERE attempt = 0 AND kind IN ({marks})"  # noqa: S608 only marks
+        found = f"SELECT seq FROM entries WHERE attempt <= 0 AND kind IN ({marks})"  # noqa: S608 only marks
         return self.select(f"WHERE seq IN ({found}) ORDER BY seq", tuple(kind.value for kind in kinds))
 
     def tallies(self, study: bytes | None = None) -> dict[bytes, tuple[int, Entry]]:

@@ -26,6 +26,7 @@ from medfed.client.ledger.accounts import (
     spent,
 )
 from medfed.client.ledger.entries import HASH_BYTES, AttemptState, Entry, Kind, ReservedBody, SealedBody
+from medfed.client.ledger.ids import PatientIds, require_same
 from medfed.client.ledger.rows import approved_study, contents
 from medfed.client.ledger.store import Store
 from medfed.errors import BudgetExhausted, DataError, LocalProtocolError, PrivacyError
@@ -35,7 +36,7 @@ from medfed.seams import Files
 from medfed.witness import Head
 
 _ENDS = {Kind.CLOSED: StudyState.CLOSED, Kind.WITHDRAWN: StudyState.WITHDRAWN}
-_ABOUT_STUDIES = (Kind.APPROVED, *_ENDS)
+_ABOUT_STUDIES = (Kind.APPROVED, Kind.ROSTER, *_ENDS)
 _Self = TypeVar("_Self", bound="LedgerView")
 
 
@@ -59,10 +60,13 @@ class VerifyReport:
 
 
 def _as_they_stand(rows: Sequence[Entry], tallies: Mapping[bytes, tuple[int, Entry]]) -> tuple[ApprovedStudy, ...]:
-    """The approvals among ``rows``, each with its end, if it has one there, and what was charged."""
+    """The approvals among ``rows``, each with its latest roster and its end, if they are there, and what was charged."""
     ends = {row.study: _ENDS[row.kind] for row in rows if row.kind in _ENDS}
+    rosters = {row.study: row for row in rows if row.kind is Kind.ROSTER}
     return tuple(
-        approved_study(row, ends.get(row.study, StudyState.OPEN), *tallies.get(row.study, (0, None)))
+        approved_study(
+            row, rosters.get(row.study), ends.get(row.study, StudyState.OPEN), *tallies.get(row.study, (0, None))
+        )
         for row in rows
         if row.kind is Kind.APPROVED
     )
@@ -136,12 +140,17 @@ class LedgerView:
         """Keyed hashes of the patients in the study's snapshot."""
         return self._store.patients_of(self.approved(study).seq)
 
+    def standing(self, study: bytes) -> Approval | None:
+        """What is approved of a study that is open, as of its latest roster; None where nothing is, or not any more."""
+        known = self._find(study)
+        return known.approval if known is not None and known.state is StudyState.OPEN else None
+
     def studies(self) -> tuple[ApprovedStudy, ...]:
         """Every approval, in order."""
         return _as_they_stand(self._store.of_studies(*_ABOUT_STUDIES), self._store.tallies())
 
     def _find(self, study: bytes) -> ApprovedStudy | None:
-        rows = self._store.select("WHERE study = ? AND attempt = 0 ORDER BY seq", (study,))
+        rows = self._store.select("WHERE study = ? AND attempt <= 0 ORDER BY seq", (study,))
         return next(iter(_as_they_stand(rows, self._store.tallies(study))), None)
 
     def account(self, study: bytes, caps: Caps) -> AccountView:
@@ -160,7 +169,7 @@ class LedgerView:
             lifetime_delta=caps.lifetime_delta,
             lifetime_spent=price(spent(account), caps.lifetime_delta),
             lifetime_reserved=price(held, caps.lifetime_delta),
-            lifetime_filter=filtered(held, caps),
+            lifetime_filter=filtered(held, caps, account),
             account=tuple(other.approval.study for other in account if other.seq != known.seq),
         )
 
@@ -195,7 +204,8 @@ class LedgerView:
         ledger is older than the witness or took another way since.
         """
         witness.check(public)
-        rows = self._store.select("WHERE seq = ?", (witness.seq,))
+        # numbers of heads go beyond those that SQLite knows
+        rows = self._store.select("WHERE seq = ?", (witness.seq,)) if witness.seq <= self.head().seq else []
         if not rows or rows[0].hash != witness.hash:
             raise PrivacyError(
                 405,
@@ -206,19 +216,33 @@ class LedgerView:
     def preview(self, approval: Approval, patients: Iterable[bytes], caps: Caps) -> ApprovalOutlook:
         """What ``approve`` would say or raise, without writing."""
         distinct = frozenset(patients)
+        self.require_same_ids(approval.ids)
         known = self._find(approval.study)
         if known is not None and self._is_same(known, approval, distinct):
             return self._outlook_of(known, caps)
         return self._look_ahead(approval, distinct, caps)[0]
+
+    def require_same_ids(self, ids: PatientIds) -> None:
+        """``PrivacyError`` (MF-340) if patients are told apart by another key or column than in a study that counts here."""
+        for known in self.studies():
+            if known.counts:
+                require_same(known.approval.ids, ids)
 
     @staticmethod
     def _is_same(known: ApprovedStudy, approval: Approval, patients: frozenset[bytes]) -> bool:
         """Whether this very approval stands; MF-125 if the study ended or stands with other contents."""
         if known.state is not StudyState.OPEN:
             raise PrivacyError(125, f"this study is {known.state.value} here", "a new study needs a new hash")
-        same = contents(known.approval) == contents(approval) and known.snapshot == snapshot_digest(patients)
-        if not same:
-            raise PrivacyError(125, "this study is approved here with other contents", "withdraw it, make a new study")
+        stands = contents(known.approval)
+        differing = [name for name, content in contents(approval).items() if content != stands[name]]
+        if known.snapshot != snapshot_digest(patients):
+            differing.append("the patients in the data")
+        if differing:
+            raise PrivacyError(
+                125,
+                f"this study is approved here already, and now other: {', '.join(differing)}",
+                "the approval stands as it was made; what has to change needs a new study",
+            )
         return True
 
     def outlook(self, approval: Approval, patients: Iterable[bytes], caps: Caps) -> ApprovalOutlook:
@@ -229,8 +253,9 @@ class LedgerView:
             bounds(approval.mechanism, approval.attempts, approval.delta),
             price(before, caps.lifetime_delta),
             price(before + listed, caps.lifetime_delta),
-            filtered(before + listed, caps),
+            filtered(before + listed, caps, account),
             tuple(other.approval.study for other in account),
+            self._apart(account),
         )
 
     def attempts_that_fit(self, approval: Approval, patients: Iterable[bytes], caps: Caps) -> int:
@@ -241,7 +266,7 @@ class LedgerView:
         while fails - fits > 1:
             try:
                 require_study_fits(bounds(approval.mechanism, middle, approval.delta).epsilon, caps)
-                require_lifetime_fits(before + compose(approval.mechanism, middle), caps)
+                require_lifetime_fits(before + compose(approval.mechanism, middle), caps, account)
             except BudgetExhausted:
                 fails = middle
             else:
@@ -255,8 +280,14 @@ class LedgerView:
             raise DataError(310, "the data hold no patient for this study", "check the data and the hold-out")
         if any(len(patient) != HASH_BYTES for patient in patients):
             raise LocalProtocolError(900, "a patient hash is malformed", "report this as a fault of medfed")
-        touching = self._store.approvals_touching(patients)
-        return account_of(self.studies(), touching), touching
+        studies = self.studies()
+        touching = self._store.approvals_touching(patients) & {known.seq for known in studies if known.counts}
+        return account_of(studies, touching), touching
+
+    def _apart(self, account: Sequence[ApprovedStudy]) -> int:
+        """How many studies count in this ledger and not in ``account``."""
+        members = {known.seq for known in account}
+        return sum(known.counts and known.seq not in members for known in self.studies())
 
     def _look_ahead(
         self, approval: Approval, patients: frozenset[bytes], caps: Caps
@@ -264,7 +295,7 @@ class LedgerView:
         account, touching = self._account_touched(patients)
         outlook = self.outlook(approval, patients, caps)
         require_study_fits(outlook.study.epsilon, caps)
-        require_lifetime_fits(promised(account) + compose(approval.mechanism, approval.attempts), caps)
+        require_lifetime_fits(promised(account) + compose(approval.mechanism, approval.attempts), caps, account)
         return outlook, touching
 
     def _outlook_of(self, known: ApprovedStudy, caps: Caps) -> ApprovalOutlook:
@@ -275,6 +306,7 @@ class LedgerView:
             bounds(approval.mechanism, approval.attempts, approval.delta),
             price(promised(others), caps.lifetime_delta),
             price(held, caps.lifetime_delta),
-            filtered(held, caps),
+            filtered(held, caps, account),
             tuple(other.approval.study for other in others),
+            self._apart(account),
         )

@@ -169,8 +169,8 @@ def _places(names: list[str], all_wanted: Sequence[str]) -> dict[str, int]:
 
 
 def plain(name: str) -> str:
-    """A column's name for a terminal; it comes from the configuration, not from the file."""
-    return name.encode("ascii", "backslashreplace").decode()[:64]
+    """A column's name for a terminal, on one line; it comes from the configuration, not from the file."""
+    return name.encode("unicode_escape").decode()[:64]
 
 
 def _fault(what: str, remedy: str) -> DataError:

@@ -12,13 +12,15 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from medfed.errors import RemoteProtocolError
+from medfed.errors import PrivacyError, RemoteProtocolError
 from medfed.identity import verify
-from medfed.privacy.secagg.protocol import AggregatorConfig, Offer, be16, label, parse_offer, split_offer
+from medfed.privacy.secagg.messages import Offer, parse_offer, split_offer
+from medfed.privacy.secagg.protocol import AggregatorConfig, Cohort, be16, label
 from medfed.wire import enc
 
 STREAM_BYTES: Final = 44
 _FIELD: Final = 2**255 - 19
+_ANY_PRIVATE: Final = bytes(range(32))  # a small-order key gives zero with every private key
 
 
 def public_key(private: bytes) -> bytes:
@@ -34,6 +36,11 @@ def canonical_key(public: bytes) -> int:
     return (int.from_bytes(public, "little") & (2**255 - 1)) % _FIELD
 
 
+def check_key(offer: Offer) -> None:
+    """Raise ``RemoteProtocolError`` (MF-170) for a key of small order, with which nobody can agree on anything (rule 3)."""
+    derive_root(_ANY_PRIVATE, offer.key, bytes(32), 0, offer.position)
+
+
 def verify_offer(data: bytes, config: AggregatorConfig) -> tuple[bytes, Offer]:
     """One signed offer -> (S_i, parsed). Raises ``RemoteProtocolError``: MF-103, 110, 111, 112."""
     body, signature = split_offer(data)
@@ -42,25 +49,29 @@ def verify_offer(data: bytes, config: AggregatorConfig) -> tuple[bytes, Offer]:
     return body, offer
 
 
-def read_offers(signed: Sequence[bytes], config: AggregatorConfig) -> tuple[tuple[bytes, ...], tuple[Offer, ...]]:
-    """Check a complete set of offers against the pinned roster: (S_i ascending, parsed offers ascending).
+def read_offers(
+    signed: Sequence[bytes], config: AggregatorConfig
+) -> tuple[Cohort, tuple[bytes, ...], dict[int, Offer]]:
+    """Check a setup's offers against the pinned roster: (U1, S_i ascending, parsed offers by position).
 
-    Raises ``RemoteProtocolError``: MF-103, 110, 111, 112 as one offer; MF-143 a hospital twice; MF-140 one missing;
-    MF-170 two hospitals with one key (rules 2-4).
+    Raises ``RemoteProtocolError``: MF-103, 110, 111, 112 as one offer; MF-143 a hospital twice; MF-170 two hospitals with one
+    key; MF-140 fewer or more hospitals than the study allows, MF-141 (rules 2-4).
     """
     found: dict[int, tuple[bytes, Offer]] = {}
-    for data in signed[: config.hospitals + 1]:
+    for data in signed[: len(config.identities) + 1]:
         body, offer = verify_offer(data, config)
         if offer.position in found:
             raise RemoteProtocolError(143, f"two offers of hospital {offer.position}", "start a new setup")
         found[offer.position] = body, offer
-    missing = [str(member) for member in config.members if member not in found]
-    if missing:
-        raise RemoteProtocolError(140, f"no offer of hospital {', '.join(missing)}", "all of the cohort must take part")
-    offers = tuple(found[member][1] for member in config.members)
-    if len({canonical_key(offer.key) for offer in offers}) != len(offers):
+    members = tuple(sorted(found))
+    try:
+        cohort = Cohort(config, members)
+    except PrivacyError as error:
+        raise RemoteProtocolError(error.code, error.what, error.remedy) from error
+    offers = {member: found[member][1] for member in members}
+    if len({canonical_key(offer.key) for offer in offers.values()}) != len(offers):
         raise RemoteProtocolError(170, "two hospitals offer one key", "start a new setup")
-    return tuple(found[member][0] for member in config.members), offers
+    return cohort, tuple(found[member][0] for member in members), offers
 
 
 def derive_root(private: bytes, peer_public: bytes, transcript: bytes, position: int, peer: int) -> bytes:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers import AEADEncryptionContext, Cipher, algorithms, modes
 from numpy.typing import NDArray
 
 from medfed.errors import LocalProtocolError
@@ -44,28 +44,47 @@ class Masker:
         ``streams``: key and nonce of each pad, 44 bytes. ``signs``: +1 or -1 each. Chunk by chunk with all streams in
         turn, so the unmasked words of one chunk at most exist outside the caller's vector.
         """
-        if masked.shape != vector.shape or len(streams) != len(signs):
+        if masked.shape != vector.shape:
             raise LocalProtocolError(180, "vector and buffer differ in length", "report this as a defect")
-        encryptors = [
-            Cipher(algorithms.AES(stream[:32]), modes.GCM(stream[32:])).encryptor()  # never finalized: no tag
-            for stream in streams
-        ]
-        size = self._words.size
+        size, pads = self._words.size, _open_pads(streams, signs)
         for start in range(0, masked.size, size):
-            view = masked[start : start + size]
-            np.copyto(view, vector[start : start + size], casting="unsafe")
-            zeros, pad = self._zeros[: view.nbytes], self._words[: view.size]
-            for encryptor, sign in zip(encryptors, signs, strict=True):
-                encryptor.update_into(zeros, self._pad)
-                if sign > 0:
-                    np.add(view, pad, out=view)
-                else:
-                    np.subtract(view, pad, out=view)
+            chunk = masked[start : start + size]
+            np.copyto(chunk, vector[start : start + size], casting="unsafe")
+            self._add_next(chunk, pads)
+
+    def add_pads(self, words: RingWords, streams: Sequence[bytes], signs: Sequence[int]) -> None:
+        """``words`` += sum of sign · pad over all streams, modulo 2^k, in place: takes recovered pads off a sum.
+
+        ``words``: ring words[D]. ``streams``, ``signs``: as ``mask_into``.
+        """
+        size, pads = self._words.size, _open_pads(streams, signs)
+        for start in range(0, words.size, size):
+            self._add_next(words[start : start + size], pads)
+
+    def _add_next(self, chunk: RingWords, pads: Sequence[tuple[AEADEncryptionContext, int]]) -> None:
+        """The next words of every pad, added to ``chunk``: at most as many as the buffers hold."""
+        zeros, pad = self._zeros[: chunk.nbytes], self._words[: chunk.size]
+        for encryptor, sign in pads:
+            encryptor.update_into(zeros, self._pad)
+            if sign > 0:
+                np.add(chunk, pad, out=chunk)
+            else:
+                np.subtract(chunk, pad, out=chunk)
 
     def erase(self) -> None:
         """Overwrite the last chunk of pad."""
         self._words[:] = 0
         self._pad[-_BLOCK_BYTES:] = bytes(_BLOCK_BYTES)
+
+
+def _open_pads(streams: Sequence[bytes], signs: Sequence[int]) -> list[tuple[AEADEncryptionContext, int]]:
+    """Each stream from its first word on, and its sign. Never finalized: no tag."""
+    if len(streams) != len(signs):
+        raise LocalProtocolError(180, "streams and signs differ in number", "report this as a defect")
+    return [
+        (Cipher(algorithms.AES(stream[:32]), modes.GCM(stream[32:])).encryptor(), sign)
+        for stream, sign in zip(streams, signs, strict=True)
+    ]
 
 
 def pad_words(stream: bytes, first: int, count: int, ring_bits: int) -> RingWords:

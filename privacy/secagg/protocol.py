@@ -1,9 +1,9 @@
 """Secure aggregation's vocabulary for both sides: parameters, encodings, messages.
 
-The coordinator gets the sum of all hospitals' integer vectors and nothing narrower. This version runs the *strict* mode:
-every hospital of the cohort must upload (m = n), one round trip, nothing is ever unmasked, one loss voids the round.
-States and legal moves stand in ``transitions``, those of drop-out recovery included; recovery's events are refused until
-it is built.
+The coordinator gets the sum of the surviving hospitals' integer vectors and nothing narrower. *Strict* mode: every hospital
+of the cohort must upload (m = n), one round trip, nothing is ever unmasked, one loss voids the round. With *recovery* at
+least m must: once uploads are in, shares of self masks are released (two trips), or after a drop-out a vote on who survived
+comes first (three). States and legal moves stand in ``transitions``, the bytes of messages in ``messages``.
 
 Not claimed: protection of a patient inside the sum (differential privacy does that), a correct sum when anyone lies,
 availability, more than c colluders.
@@ -22,8 +22,10 @@ from typing import Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from medfed.errors import ConfigError, PrivacyError, RemoteProtocolError
+from medfed.errors import ConfigError, PrivacyError
 from medfed.identity import PUBLIC_BYTES, SIGNATURE_BYTES
+from medfed.roster import Roster
+from medfed.study import Study, least_survivors
 from medfed.wire import enc
 
 RingWords: TypeAlias = NDArray[np.uint16] | NDArray[np.uint32]
@@ -36,6 +38,10 @@ FEWEST_HOSPITALS: Final = 3
 MOST_HOSPITALS: Final = 128
 LARGEST_PAD_BYTES: Final = 1 << 35  # the 32-bit block counter never wraps
 HEADER_BYTES: Final = 1 + HASH_BYTES + 8 + 2 + 1 + 8
+SHARE_BYTES: Final = 32
+BOX_BYTES: Final = SHARE_BYTES + 16  # and the tag of AES-256-GCM
+BOX_ENTRY_BYTES: Final = 2 + BOX_BYTES
+RELEASE_ENTRY_BYTES: Final = 2 + 1 + SHARE_BYTES
 _RINGS: Final = (16, 32)
 
 
@@ -87,17 +93,17 @@ class Thresholds:
         return self.shares == 0
 
 
-def derive_thresholds(hospitals: int, colluders: int) -> Thresholds:
-    """m and t for n hospitals of which c may collude, as every hospital derives them for drop-out recovery [7].
+def derive_thresholds(hospitals: int, colluders: int, fewest_survivors: int) -> Thresholds:
+    """m and t as every hospital derives them itself: the study's ``fewest_survivors``, or the least m where that is more [7].
 
-    m + t > n + c: beside a certificate at most n - m honest hospitals released fast, so c colluders hold fewer than t
-    shares of a drop-out's self mask. Where that would need m >= n, only strict mode is left.
+    t = m - 1 shares open a self mask. ``hospitals``: n, those in the session's setup. Where m would reach n, only strict mode is
+    left. Raises ``PrivacyError``: MF-140 if n is less than ``fewest_survivors``, or as ``check_cohort``.
     """
     check_cohort(hospitals, colluders)
-    survivors = (hospitals + colluders + 1) // 2 + 1
-    if survivors >= hospitals:
-        return Thresholds(hospitals, 0)
-    return Thresholds(survivors, survivors - 1)
+    survivors = max(least_survivors(hospitals, colluders), fewest_survivors)
+    if survivors > hospitals:
+        raise PrivacyError(140, f"{hospitals} hospitals, the study needs {fewest_survivors}", "wait for the others")
+    return Thresholds(hospitals, 0) if survivors == hospitals else Thresholds(survivors, survivors - 1)
 
 
 def check_cohort(hospitals: int, colluders: int) -> None:
@@ -120,7 +126,8 @@ class AggregatorConfig:
     """What both sides of a session agree on, each from its own approved files; the coordinator sets none of it (rule 1).
 
     ``config_hash``, ``roster_hash``: 32 bytes each. ``identities``: the hospitals' Ed25519 public keys by position in the
-    roster. ``words``: D, length of the vector. ``ring_bits``: k, 16 or 32.
+    roster. ``words``: D, length of the vector. ``ring_bits``: k, 16 or 32. ``fewest_survivors``: m is never less; 0 for every
+    hospital of the roster. ``most_hospitals``: n is never more, as the ring was sized for so many; 0 for the roster's length.
 
     Raises ``PrivacyError`` (MF-140, 141, 143) or ``ConfigError`` (MF-203).
     """
@@ -131,9 +138,15 @@ class AggregatorConfig:
     colluders: int
     words: int
     ring_bits: int
+    fewest_survivors: int = 0
+    most_hospitals: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "fewest_survivors", self.fewest_survivors or len(self.identities))
+        object.__setattr__(self, "most_hospitals", self.most_hospitals or len(self.identities))
         check_cohort(len(self.identities), self.colluders)
+        if not self.colluders + 2 <= self.fewest_survivors <= len(self.identities):
+            raise PrivacyError(140, f"a sum of {self.fewest_survivors} hospitals", "change fewest_survivors")
         if len(set(self.identities)) != len(self.identities):
             raise PrivacyError(143, "one identity stands twice in the roster", "list every hospital once")
         if any(len(identity) != PUBLIC_BYTES for identity in self.identities):
@@ -145,99 +158,111 @@ class AggregatorConfig:
         if not 1 <= self.words <= LARGEST_PAD_BYTES * 8 // self.ring_bits:
             raise ConfigError(203, f"vector of {self.words} words", "use a smaller model")
 
-    @property
-    def hospitals(self) -> int:
-        """n"""
-        return len(self.identities)
+    @classmethod
+    def of(cls, study: Study, roster: Roster, words: int) -> AggregatorConfig:
+        """Of a study whose vectors have ``words`` words."""
+        return cls(
+            config_hash=study.hash(),
+            roster_hash=roster.hash(),
+            identities=roster.identities,
+            colluders=study.cohort.colluders,
+            words=words,
+            ring_bits=study.quantization.ring_bits,
+            fewest_survivors=study.cohort.fewest_survivors,
+            most_hospitals=study.cohort.most_hospitals,
+        )
 
-    @property
-    def members(self) -> tuple[int, ...]:
-        """U1: the positions of the cohort, ascending."""
-        return tuple(range(len(self.identities)))
+    @classmethod
+    def of_anybody(cls, study: Study, words: int) -> AggregatorConfig:
+        """The same whoever the hospitals are: for the lengths of messages, which do not depend on them."""
+        return cls(
+            config_hash=bytes(HASH_BYTES),
+            roster_hash=bytes(HASH_BYTES),
+            identities=tuple(bytes([number]) * PUBLIC_BYTES for number in range(study.cohort.hospitals)),
+            colluders=study.cohort.colluders,
+            words=words,
+            ring_bits=study.quantization.ring_bits,
+            fewest_survivors=study.cohort.fewest_survivors,
+            most_hospitals=study.cohort.most_hospitals,
+        )
 
     @property
     def vector_bytes(self) -> int:
         return self.words * self.ring_bits // 8
 
     @property
-    def upload_bytes(self) -> int:
-        """Exact length of an upload in strict mode: it depends on D and k only."""
-        return HEADER_BYTES + self.vector_bytes + SIGNATURE_BYTES
+    def longest_upload_bytes(self) -> int:
+        """No cohort's upload is longer."""
+        recovery = HASH_BYTES + (self.most_hospitals - 1) * BOX_ENTRY_BYTES
+        return HEADER_BYTES + self.vector_bytes + recovery + SIGNATURE_BYTES
+
+    @property
+    def everybody(self) -> Cohort:
+        """The largest cohort: of the whole roster, or as much of it as may be summed. Its messages are the longest but for those
+        of recovery where another is strict."""
+        return Cohort(self, tuple(range(min(len(self.identities), self.most_hospitals))))
 
 
 @dataclass(frozen=True, slots=True)
 class SecaggConfig:
-    """A hospital's view of the session: what all agree on, and its own position. Raises as ``AggregatorConfig``."""
+    """A hospital's view of the session: what all agree on, and its own position. Raises MF-144 for one outside the roster."""
 
-    config_hash: bytes
-    roster_hash: bytes
+    shared: AggregatorConfig
     position: int
-    identities: tuple[bytes, ...]
-    colluders: int
-    words: int
-    ring_bits: int
-    shared: AggregatorConfig = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        shared = AggregatorConfig(
-            self.config_hash, self.roster_hash, self.identities, self.colluders, self.words, self.ring_bits
-        )
-        object.__setattr__(self, "shared", shared)
-        if not 0 <= self.position < len(self.identities):
+        if not 0 <= self.position < len(self.shared.identities):
             raise PrivacyError(144, f"position {self.position} is not in the roster", "enroll this hospital first")
-
-    @property
-    def peers(self) -> tuple[int, ...]:
-        """All other positions, ascending."""
-        return tuple(member for member in self.shared.members if member != self.position)
-
-
-# ----------------------------------------------------------------------------------------------------------------- messages
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
-    """A hospital's contribution to the setup: its position, nonce and ephemeral X25519 public key."""
+class Cohort:
+    """U1: the hospitals in a session's setup, ascending positions, and what follows from them: m, t, lengths of messages.
 
-    position: int
-    nonce: bytes
-    key: bytes
-
-    def encode(self, config: AggregatorConfig) -> bytes:
-        """S_i [3]; the signature covers these bytes."""
-        return enc(label("setup"), config.config_hash, config.roster_hash, be16(self.position), self.nonce, self.key)
-
-
-_OFFER_PARTS: Final = (len(label("setup")), HASH_BYTES, HASH_BYTES, 2, NONCE_BYTES, KEY_BYTES)
-OFFER_BYTES: Final = sum(4 + size for size in _OFFER_PARTS) + SIGNATURE_BYTES
-
-
-def split_offer(data: bytes) -> tuple[bytes, bytes]:
-    """A signed offer -> (S_i, signature). Raises ``RemoteProtocolError`` (MF-103)."""
-    if len(data) != OFFER_BYTES:
-        raise RemoteProtocolError(103, f"offer of {len(data)} bytes, not {OFFER_BYTES}", "refused; ask the sender")
-    return data[:-SIGNATURE_BYTES], data[-SIGNATURE_BYTES:]
-
-
-def parse_offer(body: bytes, config: AggregatorConfig) -> Offer:
-    """S_i -> ``Offer``, signature not yet checked.
-
-    Raises ``RemoteProtocolError``: MF-103 malformed, MF-111 position not in the roster, MF-112 other study or roster.
+    Raises ``PrivacyError``: MF-140 fewer than the study allows, or more than the ring was sized for; MF-141.
     """
-    parts, start = [], 0
-    for size in _OFFER_PARTS:
-        parts.append(body[start + 4 : start + 4 + size])
-        start += 4 + size
-    if enc(*parts) != body or parts[0] != label("setup"):
-        raise RemoteProtocolError(103, "offer malformed", "refused; ask the sender")
-    position = int.from_bytes(parts[3], "big")
-    if position >= config.hospitals:
-        raise RemoteProtocolError(111, f"offer for position {position}, not in the roster", "refused")
-    if parts[1] != config.config_hash or parts[2] != config.roster_hash:
-        raise RemoteProtocolError(
-            112, f"hospital {position} offers keys for another study or roster", "let all approve the same study"
-        )
-    return Offer(position, parts[4], parts[5])
+
+    config: AggregatorConfig
+    members: tuple[int, ...]
+    thresholds: Thresholds = field(init=False)
+
+    def __post_init__(self) -> None:
+        if len(self.members) > self.config.most_hospitals:
+            raise PrivacyError(
+                140, f"{len(self.members)} hospitals, the ring is for {self.config.most_hospitals}", "leave some out"
+            )
+        found = derive_thresholds(len(self.members), self.config.colluders, self.config.fewest_survivors)
+        object.__setattr__(self, "thresholds", found)
+
+    @property
+    def hospitals(self) -> int:
+        """n"""
+        return len(self.members)
+
+    @property
+    def is_strict(self) -> bool:
+        """Nothing is ever unmasked: all must upload."""
+        return self.thresholds.is_strict
+
+    def peers(self, position: int) -> tuple[int, ...]:
+        """All others, ascending."""
+        return tuple(member for member in self.members if member != position)
+
+    @property
+    def boxes_bytes(self) -> int:
+        """Length of all boxes of an upload: one a peer; none in strict mode."""
+        return 0 if self.is_strict else (self.hospitals - 1) * BOX_ENTRY_BYTES
+
+    @property
+    def upload_bytes(self) -> int:
+        """Exact length of an upload: it depends on n, D and k only."""
+        commitment = 0 if self.is_strict else HASH_BYTES
+        return HEADER_BYTES + self.config.vector_bytes + commitment + self.boxes_bytes + SIGNATURE_BYTES
+
+    @property
+    def release_bytes(self) -> int:
+        """Exact length of a release."""
+        return (self.hospitals - 1) * RELEASE_ENTRY_BYTES + SIGNATURE_BYTES
 
 
 def transcript_hash(config: AggregatorConfig, bodies: Sequence[bytes]) -> bytes:
@@ -245,55 +270,11 @@ def transcript_hash(config: AggregatorConfig, bodies: Sequence[bytes]) -> bytes:
     return digest(label("transcript"), config.config_hash, config.roster_hash, *bodies)
 
 
-def context_hash(config: AggregatorConfig, transcript: bytes, attempt: int, task: bytes) -> bytes:
+def context_hash(cohort: Cohort, transcript: bytes, attempt: int, task: bytes) -> bytes:
     """ctx of a round: masks cancel only among hospitals that agree on every part of it [4].
 
     ``task``: 32 bytes that name what is trained, ``medfed.advance.task_hash``.
     """
-    cohort = digest(label("cohort"), encode_list(config.members))
-    size = be64(config.words), bytes([config.ring_bits])
-    return digest(label("ctx"), transcript, be64(attempt), cohort, task, *size)
-
-
-def encode_header(config: AggregatorConfig, transcript: bytes, attempt: int, position: int) -> bytes:
-    """The first bytes of an upload: version, T, r, i, k, D [5]."""
-    head = bytes([VERSION]) + transcript + be64(attempt) + be16(position)
-    return head + bytes([config.ring_bits]) + be64(config.words)
-
-
-def upload_signature_input(context: bytes, position: int, words_hash: bytes) -> bytes:
-    """What a hospital signs for its upload [5]. Strict mode has neither boxes nor a commitment: both are empty."""
-    return enc(label("upload"), context, be16(position), words_hash, hashlib.sha256(b"").digest(), b"")
-
-
-@dataclass(frozen=True, slots=True)
-class UploadParts:
-    """An upload taken apart, signature not yet checked. ``words`` and ``signature`` are views into the payload."""
-
-    position: int
-    words: memoryview
-    signature: bytes
-
-
-def parse_upload(payload: bytes | memoryview, config: AggregatorConfig, transcript: bytes, attempt: int) -> UploadParts:
-    """Take an upload apart against what this session expects.
-
-    Raises ``RemoteProtocolError``: MF-180 wrong length, ring or number of words; MF-102 version; MF-182 other session or
-    round; MF-111 position not in the roster.
-    """
-    if len(payload) != config.upload_bytes:
-        raise RemoteProtocolError(
-            180, f"upload of {len(payload)} bytes, not {config.upload_bytes}", "refused; ask the sender"
-        )
-    if payload[0] != VERSION:
-        raise RemoteProtocolError(102, f"upload of version {payload[0]}", f"use version {VERSION}")
-    position = int.from_bytes(payload[41:43], "big")
-    expected = encode_header(config, transcript, attempt, position)
-    if payload[43:HEADER_BYTES] != expected[43:]:
-        raise RemoteProtocolError(180, "upload of another ring or vector length", "refused; ask the sender")
-    if payload[:41] != expected[:41]:
-        raise RemoteProtocolError(182, "upload of another session or round", "refused")
-    if position >= config.hospitals:
-        raise RemoteProtocolError(111, f"upload for position {position}, not in the roster", "refused")
-    end = HEADER_BYTES + config.vector_bytes
-    return UploadParts(position, memoryview(payload)[HEADER_BYTES:end], bytes(payload[end:]))
+    members = digest(label("cohort"), encode_list(cohort.members))
+    size = be64(cohort.config.words), bytes([cohort.config.ring_bits])
+    return digest(label("ctx"), transcript, be64(attempt), members, task, *size)

@@ -46,7 +46,7 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Vector:
-    """The noised integers are ready. ``words``: how many."""
+    """The noised integers are ready. ``words``: how many. Entropy: ``Party.mask_entropy_bytes``."""
 
     words: int
 
@@ -58,23 +58,34 @@ class Masked:
     words_hash: bytes
 
 
+Boxes: TypeAlias = tuple[tuple[int, bytes], ...]
+"""Sender and box, ascending."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fast:
-    """Recovery: all uploaded; shares of all others' self masks are asked for."""
+    """All uploaded: shares of all others' self masks are asked for."""
+
+    boxes: Boxes
 
 
 @dataclass(frozen=True, slots=True)
 class Survivors:
-    """Recovery: the frozen survivor set to vote on."""
+    """The frozen survivor set to vote on: ascending positions."""
 
     members: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """Recovery: votes of at least m survivors on one set."""
+    """Votes of at least m survivors on the one set: shares of its members' self masks and seeds of the drop-outs are asked for.
+
+    ``votes``: voter and signature.
+    """
 
     members: tuple[int, ...]
+    votes: tuple[tuple[int, bytes], ...]
+    boxes: Boxes
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,22 +103,67 @@ class Offered:
 
 
 @dataclass(frozen=True, slots=True)
+class Settle:
+    """Aggregator: those whose offers are in are the cohort."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Aggregator: an attempt begins. ``task`` as in ``Round``. ``expected``: whose uploads are taken; after a crash the
+    survivors that hospitals may already have been asked to vote on, else the whole cohort."""
+
+    attempt: int
+    task: bytes
+    expected: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Uploaded:
     """Aggregator: one hospital's upload."""
 
     payload: bytes | memoryview
 
 
+@dataclass(frozen=True, slots=True)
+class Freeze:
+    """Aggregator: no more uploads; those in the sum are the survivors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Voted:
+    """Aggregator: one hospital's vote on the survivors."""
+
+    position: int
+    signature: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """Aggregator: one hospital's release."""
+
+    position: int
+    payload: bytes
+
+
 PartyEvent: TypeAlias = Begin | Offers | Round | Vector | Masked | Fast | Survivors | Certificate | Close
-AggregatorEvent: TypeAlias = Offered | Round | Uploaded | Close
-_REMOTE: Final = (Offers, Fast, Survivors, Certificate, Offered, Uploaded)
+AggregatorEvent: TypeAlias = Offered | Settle | Opened | Uploaded | Freeze | Voted | Released | Close
+_REMOTE: Final = (Offers, Fast, Survivors, Certificate, Offered, Uploaded, Voted, Released)
 
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send ``head``, then the masked words where there are any, then a signature over ``signed``."""
+    """Send ``head``, then a signature over ``signed``."""
+
+    head: bytes = field(repr=False)
+    signed: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SendVector:
+    """Send ``head``, the masked words, ``tail``, then a signature over ``signed``."""
 
     head: bytes
+    tail: bytes
     signed: bytes
 
 
@@ -120,7 +176,8 @@ class Persist:
 
 @dataclass(frozen=True, slots=True)
 class MaskVector:
-    """Add (``signs`` +1) or subtract (-1) one pad a peer. ``streams``: AES-256 key and nonce, 44 bytes each."""
+    """Add (``signs`` +1) or subtract (-1) one pad a peer, and add the self mask's where there is one. ``streams``: AES-256 key
+    and nonce, 44 bytes each."""
 
     streams: tuple[bytes, ...] = field(repr=False)
     signs: tuple[int, ...]
@@ -131,6 +188,14 @@ class SumInto:
     """Add the words of the payload just verified to the running sum."""
 
     words: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Unmask:
+    """Take the pads that are left off the running sum: add (``signs`` +1) or subtract (-1) each. ``streams`` as above."""
+
+    streams: tuple[bytes, ...] = field(repr=False)
+    signs: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +211,8 @@ class Fail:
     what: str
 
 
-PartyEffect: TypeAlias = Send | Persist | MaskVector | Erase
-AggregatorEffect: TypeAlias = SumInto | Erase | Fail
+PartyEffect: TypeAlias = Send | SendVector | Persist | MaskVector | Erase
+AggregatorEffect: TypeAlias = SumInto | Unmask | Erase | Fail
 
 
 class PartyPhase(Enum):
@@ -189,21 +254,30 @@ _PARTY_ROWS: Final[tuple[tuple[tuple[PartyPhase, ...], type[PartyEvent], tuple[P
     ((_P.UPLOADED,), Fast, (_P.RELEASED,)),  # [11-13, not strict]
     ((_P.UPLOADED,), Survivors, (_P.VOTED,)),  # [11, 13, not strict]
     ((_P.VOTED,), Certificate, (_P.RELEASED,)),  # [12, 14, not strict]
+    ((_P.VOTED,), Survivors, (_P.VOTED,)),  # [13: the same set again: identical bytes]
+    ((_P.RELEASED,), Fast, (_P.RELEASED,)),  # [15: the same request again: identical bytes]
+    ((_P.RELEASED,), Survivors, (_P.RELEASED,)),  # [13]
+    ((_P.RELEASED,), Certificate, (_P.RELEASED,)),  # [15]
     ((_P.READY, *_IN_ROUND), Close, (_P.READY,)),  # [16]
 )
 
 _A = AggregatorPhase
+_RUNNING: Final = (_A.OPEN, _A.VOTING, _A.RELEASING, _A.DONE, _A.FAILED)
 _AGGREGATOR_ROWS: Final[
     tuple[tuple[tuple[AggregatorPhase, ...], type[AggregatorEvent], tuple[AggregatorPhase, ...]], ...]
 ] = (
     ((_A.OFFERS,), Offered, (_A.OFFERS, _A.READY)),  # [all in: READY]
-    ((_A.READY, _A.OPEN, _A.DONE, _A.FAILED), Offered, (_A.READY, _A.OPEN, _A.DONE, _A.FAILED)),  # [a repeat: no move]
-    ((_A.READY, _A.DONE, _A.FAILED), Round, (_A.OPEN,)),  # [5]
-    ((_A.OPEN,), Uploaded, (_A.OPEN, _A.RELEASING, _A.DONE)),  # [all in: DONE where strict, else RELEASING]
-    ((_A.DONE,), Uploaded, (_A.DONE,)),  # [a repeat, or two-faced]
-    ((_A.OPEN,), Close, (_A.VOTING, _A.FAILED)),  # [deadline and not strict: VOTING]
-    ((_A.VOTING, _A.RELEASING), Close, (_A.FAILED,)),
-    ((_A.DONE, _A.FAILED), Close, (_A.FAILED,)),
+    ((_A.READY, *_RUNNING), Offered, (_A.READY, *_RUNNING)),  # [a repeat: no move]
+    ((_A.OFFERS,), Settle, (_A.READY,)),  # [enough in]
+    ((_A.READY, _A.DONE, _A.FAILED), Opened, (_A.OPEN,)),  # [5]
+    ((_A.OPEN,), Uploaded, (_A.OPEN, _A.DONE)),  # [strict and all in: DONE]
+    ((_A.VOTING, _A.RELEASING, _A.DONE), Uploaded, (_A.VOTING, _A.RELEASING, _A.DONE)),  # [a repeat, or two-faced]
+    ((_A.OPEN,), Freeze, (_A.VOTING, _A.RELEASING)),  # [all in: RELEASING; m or more: VOTING; not strict]
+    ((_A.VOTING,), Voted, (_A.VOTING, _A.RELEASING)),  # [all survivors': RELEASING]
+    ((_A.RELEASING, _A.DONE), Voted, (_A.RELEASING, _A.DONE)),  # [a repeat]
+    ((_A.RELEASING,), Released, (_A.RELEASING, _A.DONE, _A.FAILED)),  # [enough: DONE, or FAILED if they do not fit]
+    ((_A.DONE,), Released, (_A.DONE,)),  # [not needed any more]
+    ((_A.OPEN, _A.VOTING, _A.RELEASING, _A.DONE, _A.FAILED), Close, (_A.FAILED,)),
 )
 
 PARTY_TABLE: Final[Mapping[tuple[PartyPhase, type[PartyEvent]], frozenset[PartyPhase]]] = {

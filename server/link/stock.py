@@ -47,7 +47,7 @@ class Register:
         self._clock = seams.clock
         self._study = assignment.study.hash()
         self._nonce = seams.entropy.draw("stock/nonce", 16)
-        question = Finish(self._study, self._nonce, 0, bytes(32), (), b"", bytes(64), b"")
+        question = Finish(self._study, self._nonce, 0, bytes(32), (), b"", bytes(64), b"", b"")
         self._question = encode(question, assignment.identity)
         self._due: dict[int, float] = {}
         self._waiting: dict[str, int] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,8 @@ from medfed.simulations.threads import one_torch_thread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+log = logging.getLogger("medfed.simulations")
 
 PLOT_NAME = "audit.png"
 _STEPS = 1000  # of the progress bar
@@ -97,6 +100,7 @@ def _run_all(
     seconds: dict[str, float] = {}
     total = sum(audit.cost for audit in audits.values())
     before = 0.0
+    is_watched = sys.stderr.isatty()  # asked now: the bar puts itself in the place of sys.stderr
     with Progress("audit", _STEPS, sys.stderr) as progress, one_torch_thread():
         for name, audit in audits.items():
 
@@ -105,8 +109,12 @@ def _run_all(
 
             started = seams.clock.monotonic()
             tell(0.0, name)
+            if not is_watched:  # else the bar says it
+                log.info("audit: %s", name)
             results[name] = audit.run(Setting(seams, seed, quick, tell))
             seconds[name] = round(seams.clock.monotonic() - started, 2)
+            if not is_watched:
+                log.info("audit: %s done in %.0f s", name, seconds[name])
             before += audit.cost
     return results, seconds
 

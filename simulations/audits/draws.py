@@ -53,7 +53,7 @@ def observe(path: RealPath, shape: Shape, draws: int, tell: Callable[[float], No
     for attempt in range(attempts):
         half = attempt // 2 % 2
         opened = path.attempt(path.first, halves[half])
-        exact &= bool((opened.total == opened.vectors.sum(0)).all())
+        exact &= bool((opened.total == opened.vectors[list(opened.survivors)].sum(0)).all())
         blocks = _blocks(_view(opened, shape))
         seen[0].append(blocks[1 - half :: 2])
         seen[1].append(blocks[half::2])
@@ -84,8 +84,9 @@ def _blocks(words: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _view(opened: Opened, shape: Shape) -> NDArray[np.int64]:
     """What the strongest attacker is left with: the opened sum less the vectors of all who may conspire."""
-    known = shape.colluders if shape.mode == "distributed" else shape.hospitals - 1
-    left: NDArray[np.int64] = opened.total - opened.vectors[shape.hospitals - known :].sum(0)
+    first = shape.hospitals - shape.colluders if shape.mode == "distributed" else 1
+    known = [survivor for survivor in opened.survivors if survivor >= first]
+    left: NDArray[np.int64] = opened.total - opened.vectors[known].sum(0)
     return left
 
 

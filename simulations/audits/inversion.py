@@ -323,4 +323,5 @@ def inversion_plot(axes: Axes, result: InversionResult) -> None:
         axes.text(left + _SIDE / 2, _SIDE + 1.5, words, ha="center", va="top", fontsize=8)
     axes.set_xlim(0, len(result["pictures"]) * (_SIDE + gap) - gap)
     axes.set_ylim(_SIDE + 8, 0)
+    axes.set_title("inversion: one patient's film and what is rebuilt of it", fontsize=10)
     axes.set_axis_off()

@@ -54,6 +54,7 @@ class CaseResult(TypedDict):
     sampling_rate: float
     hospitals: int
     colluders: int
+    drop_outs: int
     draws_a_side: int
     mu: float
     claimed_epsilon: float
@@ -89,11 +90,12 @@ class MechanismResult(TypedDict):
 
 
 def cases(mu: float, quick: bool) -> list[Shape]:
-    """The audited studies: noise of one hospital, shares of the honest ones, and Poisson sampling."""
+    """The audited studies: noise of one hospital, shares of the honest ones, Poisson sampling, and shares with a drop-out."""
     whole = Shape(PATIENTS * WORDS, "local", 1 / mu)
     shares = Shape(PATIENTS * WORDS, "distributed", 1 / mu, hospitals=5, colluders=2)
     sampled = Shape(PATIENTS * WORDS, "local", 1 / mu, sampling_rate=0.5)
-    return [whole, shares] if quick else [whole, shares, sampled]
+    recovered = Shape(PATIENTS * WORDS, "distributed", 1 / mu, hospitals=5, colluders=1, drop_outs=1)
+    return [whole, shares] if quick else [whole, shares, sampled, recovered]
 
 
 def mechanism_audit(
@@ -105,8 +107,9 @@ def mechanism_audit(
     violations: list[str] = []
     weak: list[str] = []
     for number, shape in enumerate(shapes):
+        called = case_name(shape.mode, shape.sampling_rate, shape.drop_outs)
 
-        def tell(share: float, number: int = number, name: str = case_name(shape.mode, shape.sampling_rate)) -> None:
+        def tell(share: float, number: int = number, name: str = called) -> None:
             setting.tell((number + share) / len(shapes), f"mechanism, {name}")
 
         def look(
@@ -162,6 +165,7 @@ def judge(sample: Sample, plan: Plan, shape: Shape) -> CaseResult:
         "sampling_rate": rate,
         "hospitals": shape.hospitals,
         "colluders": shape.colluders,
+        "drop_outs": shape.drop_outs,
         "draws_a_side": draws,
         "mu": mu,
         "claimed_epsilon": claimed,
@@ -217,7 +221,7 @@ def _histogram(
 
 def verdict(result: CaseResult) -> tuple[list[str], list[str]]:
     """What is broken, and where the audit itself no longer sees: sentences."""
-    name = case_name(result["mode"], result["sampling_rate"])
+    name = case_name(result["mode"], result["sampling_rate"], result["drop_outs"])
     broken = []
     if result["lower_bound"] > result["claimed_epsilon"]:
         broken.append(
@@ -244,10 +248,10 @@ def verdict(result: CaseResult) -> tuple[list[str], list[str]]:
     return [f"mechanism, {name}: {each}" for each in broken], [f"mechanism, {name}: {each}" for each in blind]
 
 
-def case_name(mode: str, sampling_rate: float) -> str:
+def case_name(mode: str, sampling_rate: float, drop_outs: int) -> str:
     """How a case is called in tables."""
     sampled = "all sampled" if sampling_rate == 1.0 else f"sampling rate {sampling_rate:g}"
-    return f"{mode} noise, {sampled}"
+    return f"{mode} noise, {sampled}" + (f", drop-outs {drop_outs}" if drop_outs else "")
 
 
 # ------------------------------------------------------------------------------------------------------ table and plot
@@ -259,7 +263,7 @@ def mechanism_rows(result: MechanismResult) -> list[tuple[str, str]]:
     for case in result["cases"]:
         rows.append(
             (
-                case_name(case["mode"], case["sampling_rate"]),
+                case_name(case["mode"], case["sampling_rate"], case["drop_outs"]),
                 f"epsilon {case['lower_bound']:.3f} at least, {case['claimed_epsilon']:.3f} claimed ({case['share']:.1%})",
             )
         )

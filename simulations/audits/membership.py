@@ -301,4 +301,5 @@ def membership_plot(axes: Axes, result: MembershipResult) -> None:
     axes.plot([0, 1], [0, 1], color=gray, linewidth=1, linestyle=(0, (1, 2)), label="guessing")
     axes.set_xlabel("others taken for members")
     axes.set_ylabel("members found")
+    axes.set_title("membership: how well trained patients are told from others", fontsize=10)
     axes.legend(frameon=False, fontsize=8, loc="lower right")

@@ -1,7 +1,7 @@
 """What one attempt does to patients, from records to the opened sum, by production's functions and without transport.
 
-clip -> saturate and round -> noise (``local_steps.noised_sum``) -> mask (``Party``) -> unmask (``Aggregator``). Ledger,
-messages and deadlines are left out: they move the bytes of an upload, and change none.
+clip -> saturate and round -> noise (``local_steps.noised_sum``) -> mask (``Party``) -> vote and release, if somebody may
+drop out -> unmask (``Aggregator``). Ledger, messages and deadlines are left out: they move bytes, and change none.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from medfed.privacy.secagg.protocol import HEADER_BYTES, AggregatorConfig, Secag
 from medfed.roster import Enrolment, Roster
 from medfed.seams import Entropy
 from medfed.simulations.audits.setting import Setting
-from medfed.study import Study
+from medfed.study import Cohort, Study
 
 RING_BITS = 32
 NOMINAL_PATIENTS = 100_000
@@ -48,6 +48,7 @@ class Shape:
     sampling_rate: float = 1.0
     hospitals: int = 3
     colluders: int = 1
+    drop_outs: int = 0
     rounds: int = 1
     delta: float = 1e-5
     learning_rate: float = 1.0
@@ -86,7 +87,13 @@ def audited_study(shape: Shape) -> Study:
                 "epsilon": 100.0,
             },
             "quantization": {"ring_bits": RING_BITS, "range": 4.0},
-            "cohort": {"hospitals": shape.hospitals, "colluders": shape.colluders, "roster_sha256": "00" * 32},
+            "cohort": {
+                "hospitals": shape.hospitals,
+                "colluders": shape.colluders,
+                "fewest_survivors": shape.hospitals - shape.drop_outs,
+                "most_hospitals": shape.hospitals,
+                "roster_sha256": "00" * 32,
+            },
             "deadlines": {"setup_s": 120.0, "round_s": 60.0},
         }
     )
@@ -96,13 +103,15 @@ def audited_study(shape: Shape) -> Study:
 class Opened:
     """One attempt as the auditor sees it, who knows everything.
 
-    ``total``: the opened sum, int64[d]. ``vectors``: what each hospital masked, int64[n, d]. ``uploads``: what each sent,
-    read as two's complement, int64[n, d]. Positions from 0; the patient in question is at 0, and the last are colluders.
+    ``total``: the opened sum, int64[d], over ``survivors``. ``vectors``: what each hospital masked, int64[n, d]. ``uploads``:
+    what each sent, arrived or not, read as two's complement, int64[n, d]. Positions from 0; the patient in question is at 0,
+    and the last are colluders.
     """
 
     total: NDArray[np.int64]
     vectors: NDArray[np.int64]
     uploads: NDArray[np.int64]
+    survivors: tuple[int, ...]
 
 
 class RealPath:
@@ -117,6 +126,7 @@ class RealPath:
         self.model = catalogue.build(study)
         self.plan: Plan = make_plan(study, count(self.model))
         positions = range(study.cohort.hospitals)
+        self._survivors = _survivors(study.cohort)
         self._noise = noise
         self._entropy: list[Entropy] = [setting.entropy(f"{owner}/hospital-{position}") for position in positions]
         identities = [Identity.from_seed(entropy.draw("identity", 32)) for entropy in self._entropy]
@@ -134,27 +144,11 @@ class RealPath:
         self._attempt = 0
 
     def _session(self, identities: Sequence[Identity]) -> tuple[list[Party], Aggregator]:
-        study, plan = self.study, self.plan
-        shared = AggregatorConfig(
-            study.hash(),
-            self._roster.hash(),
-            self._roster.identities,
-            study.cohort.colluders,
-            plan.ring_words,
-            plan.ring_bits,
-        )
-        parties = []
-        for position, identity in enumerate(identities):
-            config = SecaggConfig(
-                shared.config_hash,
-                shared.roster_hash,
-                position,
-                shared.identities,
-                shared.colluders,
-                shared.words,
-                shared.ring_bits,
-            )
-            parties.append(Party(config, identity.sign, self._entropy[position]))
+        shared = AggregatorConfig.of(self.study, self._roster, self.plan.ring_words)
+        parties = [
+            Party(SecaggConfig(shared, position), identity.sign, self._entropy[position])
+            for position, identity in enumerate(identities)
+        ]
         aggregator = Aggregator.from_offers(shared, [party.offer() for party in parties])
         for party in parties:
             party.accept(aggregator.offers())
@@ -175,15 +169,32 @@ class RealPath:
         self._attempt += 1
         self._aggregator.open_round(self._attempt, task)
         uploads = []
-        for party, vector in zip(self._parties, vectors, strict=True):
+        for position, (party, vector) in enumerate(zip(self._parties, vectors, strict=True)):
             party.open_round(self._attempt, task)
             masked = party.mask(vector)
-            party.close_round()
-            self._aggregator.add_upload(masked.payload)
+            if position in self._survivors:
+                self._aggregator.add_upload(masked.payload)
             uploads.append(self._read(masked))
+        self._release()
         total = unwrap(self._aggregator.total()).astype(np.int64)
+        for party in self._parties:
+            party.close_round()
         self._aggregator.close_round()
-        return Opened(total, np.array(vectors), np.array(uploads))
+        return Opened(total, np.array(vectors), np.array(uploads), self._survivors)
+
+    def _release(self) -> None:
+        """What the survivors are asked for before their sum opens; nothing in strict mode, where it is open."""
+        aggregator = self._aggregator
+        if aggregator.cohort.is_strict:
+            return
+        survivors = aggregator.freeze()
+        if survivors != aggregator.cohort.members:
+            for position in survivors:
+                aggregator.add_vote(position, self._parties[position].vote(survivors))
+        votes = aggregator.certificate()
+        for position in survivors:
+            boxes = aggregator.boxes_for(position)
+            aggregator.add_release(position, self._parties[position].release(survivors, votes, boxes))
 
     def next_state(self, state: ModelState, opened: Opened) -> ModelState:
         """The model after a round, by the server step that all sides compute."""
@@ -192,13 +203,20 @@ class RealPath:
             opened.total,
             self.study,
             grid_exponent=self.plan.exponent,
-            nominal_patients=self._roster.nominal_patients,
+            nominal_patients=self._roster.patients_of(opened.survivors),
+            roster_patients=self._roster.nominal_patients,
         )
 
     def _read(self, masked: MaskedUpload) -> NDArray[np.int64]:
         size = self.plan.ring_words * self.plan.ring_bits // 8
         words = view_words(masked.payload[HEADER_BYTES : HEADER_BYTES + size], self.plan.ring_bits)
         return unwrap(words).astype(np.int64)
+
+
+def _survivors(cohort: Cohort) -> tuple[int, ...]:
+    """Positions whose uploads arrive. The last honest hospitals drop out: that leaves the least noise a sum may have."""
+    honest = cohort.hospitals - cohort.colluders
+    return (*range(honest - cohort.drop_outs), *range(honest, cohort.hospitals))
 
 
 def _roster(identities: Sequence[Identity]) -> Roster:

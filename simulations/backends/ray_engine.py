@@ -103,7 +103,7 @@ class _Hospital:
 
         torch.set_num_threads(1)
         try:
-            self._hospital = enter_hospital(self._stack, self._config_path, self._plan)
+            self._handle = enter_hospital(self._stack, self._config_path, self._plan)
         except MedfedError as error:
             return error.code, error.what, error.remedy
         except Exception as error:
@@ -113,7 +113,7 @@ class _Hospital:
     def answer(self, frame: bytes) -> tuple[bytes, bool]:
         """The reply, and whether there is one."""
         try:
-            reply = self._hospital.handle(frame)
+            reply = self._handle(frame)
         except Exception as error:
             self._why = str(error) if isinstance(error, MedfedError) else f"{type(error).__name__}: {error}"
             return b"", False

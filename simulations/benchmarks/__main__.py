@@ -1,4 +1,4 @@
-"""``python -m medfed.simulations.benchmarks NAME --json``: rounds, federation, simulation or ledger."""
+"""``python -m medfed.simulations.benchmarks NAME --json``: rounds, federation, simulation, ledger, secagg or load."""
 
 from __future__ import annotations
 
@@ -40,7 +40,27 @@ def _ledger(arguments: argparse.Namespace) -> dict[str, object]:
     return ledger.run(arguments.rows, arguments.debits, arguments.folder, system_seams())
 
 
-_MEASURES = {"rounds": _rounds, "federation": _federation, "simulation": _simulation, "ledger": _ledger}
+def _secagg(arguments: argparse.Namespace) -> dict[str, object]:
+    from medfed.simulations.benchmarks import secagg
+
+    return secagg.run(secagg.SIZES, secagg.DETAILED, arguments.repeats, system_seams().entropy)
+
+
+def _load(arguments: argparse.Namespace) -> dict[str, object]:
+    from medfed.simulations.benchmarks import load
+
+    size = load.Size(arguments.hospitals, arguments.parameters, arguments.rounds, arguments.threads)
+    return load.run(size, arguments.folder, system_seams())
+
+
+_MEASURES = {
+    "rounds": _rounds,
+    "federation": _federation,
+    "simulation": _simulation,
+    "ledger": _ledger,
+    "secagg": _secagg,
+    "load": _load,
+}
 
 
 def _measure(arguments: argparse.Namespace) -> int:
@@ -78,7 +98,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     ledger.add_argument("--rows", type=int, nargs="+", default=[100, 1000, 10_000])
     ledger.add_argument("--debits", type=int, default=300)
     ledger.add_argument("--folder", type=Path, default=Path(), help="on the disk to measure; default: this one")
-    for each in (rounds, federation, simulation, ledger):
+    secagg = commands.add_parser("secagg", help="masks, quantising, rounds up to 100 hospitals; Flower's SecAgg+, CKKS")
+    secagg.add_argument("--repeats", type=int, default=3)
+    load = commands.add_parser("load", help="a whole simulation at full size: seconds and peak memory")
+    load.add_argument("--hospitals", type=int, default=100)
+    load.add_argument("--parameters", type=int, default=1_000_000)
+    load.add_argument("--rounds", type=int, default=100)
+    load.add_argument("--threads", type=int, default=2)
+    load.add_argument("--folder", type=Path, default=Path(), help="on the disk to use; default: this one")
+    for each in (rounds, federation, simulation, ledger, secagg, load):
         each.add_argument("--json", action="store_true")
         each.set_defaults(action=_measure)
     return run_command(parser, argv)

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from medfed.client.ledger import Approval, Caps, Ledger
+from medfed.client.ledger import Approval, Caps, Ledger, PatientIds
 from medfed.identity import Identity
 from medfed.privacy.accounting import Mechanism
 from medfed.seams import Seams
@@ -23,6 +23,7 @@ from medfed.seams import Seams
 ATTEMPTS, PATIENTS = 100, 1000
 CAPS = Caps(max_epsilon_study=100.0, max_epsilon_lifetime=10_000.0, lifetime_delta=1e-5)
 MECHANISM = Mechanism(sampling_rate=0.1, sigma=4000.0, shares=1, sensitivity=1000.0, dimensions=10_000)
+IDS = PatientIds(bytes(32), "patient")
 BLOCK = bytes(4096)
 
 
@@ -36,7 +37,7 @@ def _studies(ledger: Ledger) -> Iterator[tuple[bytes, int]]:
     while True:
         study = _digest("study", number)
         approval = Approval(
-            study, f"study-{number}", bytes(32), bytes(32), MECHANISM, ATTEMPTS, 1e-5, PATIENTS, (), 0.0
+            study, f"study-{number}", bytes(32), bytes(32), MECHANISM, ATTEMPTS, 1e-5, PATIENTS, (), 0.0, IDS
         )
         ledger.approve(approval, patients, CAPS)
         yield from ((study, attempt) for attempt in range(1, ATTEMPTS + 1))

@@ -14,13 +14,14 @@ import sqlite3
 import sys
 from pathlib import Path
 
-from medfed.client.ledger import Approval, AttemptState, Caps, Ledger
+from medfed.client.ledger import Approval, AttemptState, Caps, Ledger, PatientIds
 from medfed.errors import MedfedError
 from medfed.identity import Identity
 from medfed.privacy.accounting import Mechanism
 from medfed.seams import SystemFiles
 
 IDENTITY = Identity.from_seed(bytes(32))
+IDS = PatientIds(bytes(32), "patient")
 CAPS = Caps(100.0, 100.0, 1e-5)
 STUDY = bytes(32)
 ATTEMPTS = 100_000
@@ -33,7 +34,7 @@ def digest(*parts: object) -> bytes:
 
 
 def approval() -> Approval:
-    return Approval(STUDY, "crash", bytes(32), bytes(32), MECHANISM, ATTEMPTS, 1e-5, 100, (), 0.0)
+    return Approval(STUDY, "crash", bytes(32), bytes(32), MECHANISM, ATTEMPTS, 1e-5, 100, (), 0.0, IDS)
 
 
 class Files(SystemFiles):

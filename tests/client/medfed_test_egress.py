@@ -31,6 +31,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 
 from medfed.client.node import Node, NodeSettings
 from medfed.flower_pieces import Incoming, cut
+from medfed.privacy.secagg.protocol import HEADER_BYTES
 from medfed.seams import Seams
 from medfed.wire import decode
 
@@ -40,6 +41,8 @@ _UNREPEATABLE = ("flwr-signature",)  # ECDSA over the time, with randomness of t
 COVERED = {
     "words": "an upload's vector itself: clipped, noised, masked",
     "payload signature": "is over the vector",
+    "payload tail": "shares of a fresh key, closed under keys that are bound to the heads of ledgers",
+    "opening": "of a sum: seeds and signatures that are bound to the heads of ledgers, and shares of other hospitals' keys",
     "head hashes": "of ledgers: rows hold a digest of the patients under the hospital's secret key, and that of vectors",
     "signature": "of the statement: is over a head",
     "frame signature": "is over the whole message",
@@ -177,9 +180,12 @@ def _fields(frame: bytes, vector_bytes: int) -> dict[str, object]:
         value = getattr(message, field.name)
         if field.name == "payload":
             payload = bytes(value)
-            named["payload head"] = payload[: -64 - vector_bytes]
-            named["words"] = payload[-64 - vector_bytes : -64]
+            named["payload head"] = payload[:HEADER_BYTES]
+            named["words"] = payload[HEADER_BYTES : HEADER_BYTES + vector_bytes]
+            named["payload tail"] = payload[HEADER_BYTES + vector_bytes : -64]
             named["payload signature"] = payload[-64:]
+        elif field.name in {"vote", "released"}:
+            named["opening"] = value
         elif field.name == "head":
             heads = [bytes(2) + value]
         elif field.name == "heads":

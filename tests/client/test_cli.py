@@ -5,9 +5,10 @@ import json
 import os
 import shutil
 import sys
+import time
 
 import pytest
-from medfed_test_commands import NAMES, call, check_refusal, init_arguments, write_records
+from medfed_test_commands import NAMES, call, check_refusal, init_arguments, new_arguments, write_records
 
 from medfed.client.cli import main
 from medfed.client.ledger import Ledger
@@ -80,7 +81,7 @@ def test_approval_screen_says_what_is_asked_what_it_costs_who_is_in_and_what_lea
         "ventilated: one of no, yes",
         "died: what is predicted",
         "12 records of 12 patients",
-        "4 rounds and 1 spare attempts",
+        "4 rounds and 1 spare attempt; ",
         "your own noise alone",
         "against your cap 8",
         "by the privacy loss distribution",
@@ -175,6 +176,109 @@ def test_plan_tells_every_reason_for_which_a_study_would_be_refused(federation):
     edit(federation.north / "patients.csv", "north-3,33", "north-3,333")
     planned = call(main, ["plan", federation.study, "--config", federation.config, "--json"])
     assert [reason[:6] for reason in json.loads(planned.out)["refusals"]] == ["MF-141", "MF-301"]
+
+
+def test_plan_refuses_a_delta_that_approval_would_refuse(federation):
+    change_study(federation, "privacy", delta=0.009)  # 12 patients are declared
+    planned = call(main, ["plan", federation.study, "--config", federation.config, "--json"])
+    approved = call(main, approve_arguments(federation))
+    assert planned.status == approved.status == ExitStatus.POLICY
+    assert json.loads(planned.out)["refusals"] == [approved.err.strip()]
+    assert approved.err.startswith("MF-131")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code"),
+    [
+        (lambda f: (f.study.parent / "first_model.safetensors").write_bytes(b"another"), "MF-124"),
+        (lambda f: edit(f.study.parent / "roster.json", '"north"', '"North"'), "MF-110"),
+        (lambda f: edit(f.config, "[coordinator]", f'[coordinator]\nidentity = "{"ab" * 32}"'), "MF-149"),
+        (lambda f: edit(f.config, "holdout = 0.0", "holdout = 0.5"), None),
+    ],
+    ids=["first model", "roster", "coordinator", "control"],
+)
+def test_plan_checks_what_lies_beside_the_study(federation, spoil, code):
+    spoil(federation)
+    planned = call(main, ["plan", federation.study, "--config", federation.config, "--json"])
+    assert [reason[:6] for reason in json.loads(planned.out)["refusals"]] == ([code] if code else [])
+
+
+def test_plan_needs_neither_roster_nor_first_model(federation):
+    for name in ("roster.json", "first_model.safetensors"):
+        (federation.study.parent / name).unlink()
+    assert call(main, ["plan", federation.study, "--config", federation.config]).status == 0
+
+
+def test_plan_and_check_tell_the_same_error_of_metrics_and_what_they_cost(federation):
+    """Both by the roster's declared sizes; the hospital puts its own share of held-out patients in the place of a fifth."""
+    from medfed.server.cli import main as server
+
+    edit(federation.folder / "task.toml", "[training]", "[metrics]\nbins = 4\nattempts = 2\n[training]")
+    assert call(server, [*new_arguments(federation), "--replace"]).status == 0
+    checked = json.loads(call(server, ["study", "check", federation.study, "--json"]).out)
+    edit(federation.config, "holdout = 0.0", "holdout = 0.2")
+    told = [json.loads(call(main, ["plan", federation.study, "--config", federation.config, "--json"]).out)]
+    edit(federation.config, "holdout = 0.2", "holdout = 0.5")
+    told.append(json.loads(call(main, ["plan", federation.study, "--config", federation.config, "--json"]).out))
+    assert checked["held_out_patients"] == told[0]["outlook"]["held_out_patients"] == 9  # a quarter of 36 who train
+    assert told[1]["outlook"]["held_out_patients"] == 12 + 6
+    assert checked["metrics_auc_noise_sd"] == told[0]["outlook"]["metrics_auc_noise_sd"]
+    assert checked["metrics_epsilon"] == told[0]["cost"]["metrics_epsilon"] == told[0]["outlook"]["metrics_epsilon"]
+    assert 1.9 < checked["metrics_epsilon"] <= 2.0 and checked["epsilon_without_spares"] < 0.95 * checked["epsilon"]
+    assert checked["upload_bytes_per_round"] == told[0]["outlook"]["upload_bytes_per_attempt"] > checked["vector_bytes"]
+    for words in (call(server, ["study", "check", federation.study]).out, _planned(federation), _asked(federation)):
+        assert "4 rounds, 1 spare attempt and 2 attempts at the metrics" in words or "4 rounds, with 1 spare" in words
+        assert "charged in full with" in words and "first attempt" in words
+
+
+def _planned(federation):
+    return call(main, ["plan", federation.study, "--config", federation.config]).out
+
+
+def _asked(federation):
+    return call(main, approve_arguments(federation)).out
+
+
+def test_plan_says_when_it_leaves_attempts_out(federation):
+    assert "are shown" not in _planned(federation)  # of five
+    edit(federation.folder / "task.toml", "rounds = 4", "rounds = 40")
+    from medfed.server.cli import main as server
+
+    call(server, [*new_arguments(federation), "--replace"])
+    words = _planned(federation)
+    bars = sum("#" in line for line in words.splitlines())
+    assert f"({bars} of 41 are shown)" in words and bars < 20
+
+
+def _with_hours(federation, begin_in_hours):
+    """Hours of 30 minutes that begin so many hours from now, at the full hour."""
+    hour = (time.localtime().tm_hour + begin_in_hours) % 24
+    hours = f"{hour:02}:00-{hour:02}:59"
+    edit(federation.config, "[policy]", f'[policy]\nhours = "{hours}"')
+    return hours
+
+
+def test_status_and_plan_tell_the_hours_and_the_next_opening(federation):
+    hours = _with_hours(federation, 3)
+    status = json.loads(call(main, ["status", "--config", federation.config, "--json"]).out)
+    planned = json.loads(call(main, ["plan", federation.study, "--config", federation.config, "--json"]).out)
+    assert status["hours"] == planned["hours"] == hours
+    assert status["next_opening"] == planned["next_opening"]
+    assert time.strftime("%H:%M", time.localtime(status["next_opening"])) == hours[:5]
+    assert 0 < status["next_opening"] - time.time() <= 3 * 3600 + 1
+    for words in (call(main, ["status", "--config", federation.config]).out, _planned(federation)):
+        assert f"{hours}, now closed until " in words
+
+
+def test_verify_of_no_folder_says_that_a_folder_is_wanted(federation):
+    for run in (federation.study, federation.folder / "nowhere"):
+        outcome = call(main, ["verify", run, "--config", federation.config])
+        assert outcome.status == ExitStatus.USAGE
+        assert outcome.err.startswith("MF-100") and "folder" in outcome.err
+
+
+def test_plan_of_a_folder_is_a_fault_of_usage(federation):
+    check_refusal(federation, main, ["plan", federation.study.parent, "--config", federation.config], 100, 2)
 
 
 def test_plan_of_an_approved_study_points_to_the_budget(federation):
@@ -379,7 +483,7 @@ BAD_APPROVALS = {
     "seed": (_in_study("delta = 0.001", "delta = 0.001\nseed = 7"), 133, 3, "sets randomness"),
     "empty study": (lambda f: f.study.write_text(""), 203, 2, "is missing"),
     "binary study": (lambda f: f.study.write_bytes(b"\xff\xfe\x00"), 201, 2, "not UTF-8"),
-    "study is a directory": (_study_is_a_directory, 204, 3, "not a regular file"),
+    "study is a directory": (_study_is_a_directory, 100, 2, "study.toml is a folder"),
     "study is a pipe": (_study_is_a_pipe, 204, 3, "not a regular file"),
     "no study": (_unlink("study.toml"), 606, 6, "study.toml not found"),
     "expired": (lambda f: change_study(f, "study", expires="2020-01-31"), 120, 3, "expired on 2020-01-31"),
@@ -417,7 +521,7 @@ BAD_APPROVALS = {
     "many attempts": (_in_config("max_attempts = 10000", "max_attempts = 4"), 132, 3, "max_attempts"),
     "mode": (_in_config('["local", "distributed"]', '["local"]'), 134, 3, "distributed"),
     "unit": (lambda f: change_study(f, "privacy", unit="record"), 134, 3, "record"),
-    "few hospitals": (_in_config("min_hospitals = 3", "min_hospitals = 4"), 140, 3, "3 hospitals are fewer"),
+    "few hospitals": (_in_config("min_hospitals = 3", "min_hospitals = 4"), 140, 3, "sums of 3 hospitals"),
     "few colluders": (_in_config("min_colluders = 1", "min_colluders = 2"), 141, 3, "min_colluders"),
     # the data
     "NaN": (_in_data("north-3,33,no", "north-3,nan,no"), 301, 2, "row 5, column age"),

@@ -188,21 +188,26 @@ def found(folder: Path, log: str, recording: Recording) -> list[str]:
     """Where anything drawn or made of it stands, whole or a key's first half."""
     wanted = [part for purpose, key in recording.drawn if "secagg" not in purpose for part in spellings(key)]
     wanted += [part for _, key in recording.drawn for part in spellings(key[:16])]
+    # the self mask, and what its shares are made with
+    masks = [key for purpose, key in recording.drawn if purpose == "secagg/self mask"]
+    wanted += [part for key in masks for at in range(0, len(key), 32) for part in spellings(key[at : at + 32])]
     wanted += [part for vector in recording.vectors for part in vector_spellings(vector)]
     files = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     return [name for name, data in {**files, "log": log.encode()}.items() if any(part in data for part in wanted)]
 
 
-def test_keys_and_noise_are_in_no_file_and_no_line_of_the_log(make_world, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("drop_outs", [0, 1])
+def test_keys_and_noise_are_in_no_file_and_no_line_of_the_log(make_world, caplog, drop_outs: int) -> None:
     """After whole rounds, a failed attempt and a restart, with everything logged; looked for while it runs and afterwards."""
     caplog.set_level("DEBUG")
-    world, recording = make_world(UPDATE), Recording()
+    world, recording = make_world(UPDATE, hospitals=4 + drop_outs, drop_outs=drop_outs), Recording()
     folder = world.folder / "Ahaus"
     world.start_all()
     world.start(0, recording.noise, entropy=recording)
     desk = Desk(world)
     desk.set_up()
-    desk.round()
+    desk.round(lost=range(4, 4 + drop_outs))
+    assert ("secagg/self mask" in dict(recording.drawn)) == bool(drop_outs)
     assert found(folder, caplog.text, recording) == []
     dies = failing(MemoryError())
     world.start(0, lambda *arguments: (recording.noise(*arguments), dies(*arguments))[1], entropy=recording)

@@ -13,9 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from medfed.client.ledger import (
     Approval,
@@ -25,7 +27,9 @@ from medfed.client.ledger import (
     Head,
     Kind,
     Ledger,
+    PatientIds,
     StudyState,
+    lock,
     snapshot_digest,
 )
 from medfed.client.ledger import book as ledger_book
@@ -36,8 +40,9 @@ from medfed.client.ledger.entries import MOVES, BegunBody, Draft, make_entry
 from medfed.errors import ExitStatus, MedfedError
 from medfed.identity import Identity
 from medfed.privacy.accounting import Mechanism, bounds, compose, epsilon, micro
-from medfed.privacy.filter import filter_epsilon
+from medfed.privacy.filter import conversion, filter_epsilon, filter_order
 from medfed.seams import SystemFiles
+from medfed.witness import signed_bytes
 
 IDENTITY = Identity.from_seed(bytes(31) + b"\1")
 OTHER = Identity.from_seed(bytes(31) + b"\2")
@@ -45,6 +50,7 @@ FILES = SystemFiles()
 CAPS = Caps(max_epsilon_study=2.0, max_epsilon_lifetime=4.0, lifetime_delta=1e-5)
 NOISE = Mechanism(sampling_rate=1.0, sigma=12_000.0, shares=1, sensitivity=1000.0, dimensions=50)
 DELTA = 1e-4
+IDS = PatientIds(bytes(32), "patient")
 
 
 def digest(*parts: object) -> bytes:
@@ -67,6 +73,7 @@ def approval(name: str = "heart", attempts: int = 5, mechanism: Mechanism = NOIS
         nominal_patients=100,
         unconfirmed=(OTHER.public,),
         approved_wall_s=1000.0,
+        ids=IDS,
     )
 
 
@@ -203,12 +210,22 @@ def test_same_approval_again_costs_nothing(approved: Ledger) -> None:
     assert approved.entries() == before
 
 
-@pytest.mark.parametrize("other", [replace(approval(), attempts=6), replace(approval(), unconfirmed=())])
-def test_same_study_with_other_contents_is_refused(approved: Ledger, other: Approval) -> None:
-    with refused(125, approved):
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        (replace(approval(), attempts=6), "the number of attempts"),
+        (replace(approval(), unconfirmed=()), "the confirmed peers"),
+    ],
+)
+def test_same_study_with_other_contents_is_refused_by_what_differs(
+    approved: Ledger, other: Approval, what: str
+) -> None:
+    with refused(125, approved) as caught:
         approved.approve(other, people(1, 2, 3), CAPS)
-    with refused(125, approved):
+    assert f"and now other: {what}: " in str(caught.value)
+    with refused(125, approved) as caught:
         approved.approve(approval(), people(1, 2), CAPS)
+    assert "and now other: the patients in the data: " in str(caught.value)
     with refused(125, approved):
         approved.preview(other, people(1, 2, 3), CAPS)
 
@@ -258,13 +275,14 @@ def test_study_above_the_cap_spends_nothing(ledger: Ledger) -> None:
     ledger.approve(approval(), people(1), replace(CAPS, max_epsilon_study=cost + 2e-6))
 
 
-def test_lifetime_above_the_cap_spends_nothing(approved: Ledger) -> None:
+def test_lifetime_above_the_cap_spends_nothing(ledger: Ledger) -> None:
     one = epsilon(compose(NOISE, 5), CAPS.lifetime_delta)
     two = epsilon(compose(NOISE, 10), CAPS.lifetime_delta)
-    second = approval("lung")
-    with refused(501, approved):
-        approved.approve(second, people(3, 4), replace(CAPS, max_epsilon_lifetime=two - 1e-5))
-    outlook = approved.approve(second, people(3, 4), replace(CAPS, max_epsilon_lifetime=two + 1e-5))
+    second, exact = approval("lung"), replace(CAPS, max_epsilon_study=two, max_epsilon_lifetime=two + 1e-5)
+    ledger.approve(approval(), people(1, 2, 3), exact)
+    with refused(501, ledger):
+        ledger.approve(second, people(3, 4), replace(exact, max_epsilon_lifetime=two - 1e-5))
+    outlook = ledger.approve(second, people(3, 4), exact)
     assert (outlook.lifetime_before, outlook.lifetime_after) == (one, two)
     assert outlook.account == (HEART,)
 
@@ -319,6 +337,87 @@ def test_closing_frees_what_was_not_used_and_nothing_more(approved: Ledger) -> N
     assert after.lifetime_spent == after.lifetime_reserved == epsilon(compose(NOISE, 2), CAPS.lifetime_delta)
     outlook = approved.preview(approval("lung"), people(1), CAPS)
     assert outlook.lifetime_after == epsilon(compose(NOISE, 7), CAPS.lifetime_delta)
+
+
+def test_study_that_ended_unused_is_on_no_account(approved: Ledger) -> None:
+    approved.withdraw(HEART, "asked")
+    assert approved.approve(approval("lung"), people(1), CAPS).account == ()
+    send(approved, 1, approval("lung").study)
+    approved.close_study(approval("lung").study, "done")
+    outlook = approved.approve(approval("skin"), people(1), CAPS)
+    assert outlook.account == (approval("lung").study,)
+    assert outlook.apart == 0
+
+
+def test_studies_without_a_common_patient_are_counted(approved: Ledger) -> None:
+    assert approved.preview(approval(), people(1, 2, 3), CAPS).apart == 0
+    approved.approve(approval("lung"), people(4), CAPS)
+    assert approved.preview(approval("lung"), people(4), CAPS).apart == 1
+    assert approved.preview(approval("skin"), people(5), CAPS).apart == 2
+    outlook = approved.preview(approval("skin"), people(3, 5), CAPS)
+    assert (outlook.account, outlook.apart) == ((HEART,), 1)
+
+
+OTHER_IDS = {"key": replace(IDS, key=digest("another key")), "column": replace(IDS, column="stay")}
+
+
+@pytest.mark.parametrize("changed", OTHER_IDS)
+def test_patients_told_apart_by_another_key_or_column_are_refused(approved: Ledger, changed: str) -> None:
+    """They would be strangers to their own account. A study that ended unused binds nobody."""
+    for ask in (approved.preview, approved.approve):
+        for name in ("heart", "lung"):
+            with refused(340, approved) as caught:
+                ask(replace(approval(name), ids=OTHER_IDS[changed]), people(7), CAPS)
+    assert {"key": "patients.key", "column": "patients by patient"}[changed] in str(caught.value)
+    approved.withdraw(HEART, "asked")
+    approved.approve(replace(approval("lung"), ids=OTHER_IDS[changed]), people(7), CAPS)
+    with refused(340, approved):
+        approved.require_same_ids(IDS)
+
+
+def test_study_that_cost_something_binds_ids_after_its_end(approved: Ledger) -> None:
+    reserve(approved, 1)
+    approved.withdraw(HEART, "asked")
+    for other in OTHER_IDS.values():
+        with refused(340, approved):
+            approved.approve(replace(approval("lung"), ids=other), people(7), CAPS)
+
+
+def by_filters(total: NDArray[np.float64], now: Caps, *begun: Caps) -> float:
+    """The largest figure of filters whose orders are those of ``begun``, each at the smaller delta."""
+    orders = [filter_order(each.max_epsilon_lifetime, each.lifetime_delta) for each in begun]
+    deltas = [min(each.lifetime_delta, now.lifetime_delta) for each in begun]
+    return max(float(total[order] + conversion(delta)[order]) for order, delta in zip(orders, deltas, strict=True))
+
+
+EDITS = {
+    "cap up": {"max_epsilon_lifetime": 40.0},
+    "delta up": {"lifetime_delta": 1e-2},
+    "both up": {"max_epsilon_lifetime": 40.0, "lifetime_delta": 1e-2},
+    "delta down": {"lifetime_delta": 1e-6, "max_epsilon_lifetime": 40.0},
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edited_caps_never_make_the_same_spending_count_less(approved: Ledger, edit: str) -> None:
+    """The filter's order is that of the caps before anything was spent: picked afterwards, it would be no filter."""
+    before, held = approved.reserve(HEART, 1, 1, CAPS, 0.0), approved.account(HEART, CAPS)
+    now = replace(CAPS, **EDITS[edit])
+    after = approved.account(HEART, now).lifetime_filter
+    assert after == pytest.approx(by_filters(compose(NOISE, 5), now, CAPS), rel=1e-8)
+    assert after > held.lifetime_filter if edit == "delta down" else after == held.lifetime_filter
+    lung = approved.approve(approval("lung"), people(3), now)
+    assert lung.filter_after == pytest.approx(by_filters(compose(NOISE, 10), now, CAPS), rel=1e-8)
+    assert approved.reserve(HEART, 2, 2, now, 0.0).filter_after > before.filter_after
+
+
+def test_accounts_that_grow_together_keep_every_order(approved: Ledger) -> None:
+    other = replace(CAPS, max_epsilon_lifetime=40.0, lifetime_delta=1e-3)
+    approved.approve(approval("lung"), people(4), other)
+    outlook = approved.approve(approval("skin"), people(3, 4), other)
+    together, alone = by_filters(compose(NOISE, 15), other, CAPS, other), by_filters(compose(NOISE, 5), other, other)
+    assert outlook.filter_after == pytest.approx(together, rel=1e-8)
+    assert approved.preview(approval("bone"), people(9), other).filter_after == pytest.approx(alone, rel=1e-8)
 
 
 # ------------------------------------------------------------------------------------------------------------- spending
@@ -458,6 +557,25 @@ def test_latest_time_is_kept_when_the_clock_goes_back(approved: Ledger) -> None:
 def test_second_process_is_refused(tmp_path: Path) -> None:
     with Ledger.create(FILES, path_in(tmp_path), IDENTITY), refused(620):
         Ledger.open(FILES, path_in(tmp_path), IDENTITY)
+    Ledger.open(FILES, path_in(tmp_path), IDENTITY).close()
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
+@pytest.mark.parametrize("is_held", [True, False])
+def test_ledger_with_a_second_name_is_refused(
+    tmp_path: Path, link: Callable[[Path, Path], None], is_held: bool
+) -> None:
+    """The lock lies beside a name: under two of them two hospitals would write one ledger."""
+    second = tmp_path / "second" / "ledger.db"
+    second.parent.mkdir()
+    with Ledger.create(FILES, path_in(tmp_path), IDENTITY) as ledger:
+        link(path_in(tmp_path), second)
+        if not is_held:
+            ledger.close()
+        for way in (Ledger.open, Ledger.create, Ledger.inspect):
+            with refused(204):
+                way(FILES, second, IDENTITY)
+    second.unlink()
     Ledger.open(FILES, path_in(tmp_path), IDENTITY).close()
 
 
@@ -799,6 +917,19 @@ def test_witness_notices_an_old_copy_and_a_second_one(tmp_path: Path) -> None:
             ledger.check_witness(witness, IDENTITY.public)
 
 
+@pytest.mark.parametrize("seq", [1 << 32, 1 << 63, (1 << 64) - 1])
+def test_witness_of_any_number_is_a_later_one(approved: Ledger, tmp_path: Path, seq: int) -> None:
+    """Also beyond what SQLite takes for a number: signed by a hospital's stolen key, it locks and breaks nothing."""
+    row = digest("row")
+    seen = Head(seq, row, IDENTITY.sign(signed_bytes(seq, row)))
+    with refused(405, approved):
+        approved.check_witness(seen, IDENTITY.public)
+    approved.close()
+    lock(FILES, path_in(tmp_path), seen)
+    with refused(405):
+        Ledger.open(FILES, path_in(tmp_path), IDENTITY)
+
+
 def test_lying_witness_cannot_lock_the_hospital(approved: Ledger) -> None:
     with refused(110, approved):
         approved.check_witness(Head(99, digest("x"), bytes(64)), IDENTITY.public)
@@ -932,7 +1063,7 @@ def forget_when_closed(monkeypatch: pytest.MonkeyPatch) -> None:
 def caps_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: the lifetime is not asked about."""
     for module in (ledger_book, ledger_view):
-        monkeypatch.setattr(module, "require_lifetime_fits", lambda total, caps: 0.0)
+        monkeypatch.setattr(module, "require_lifetime_fits", lambda total, caps, account: 0.0)
 
 
 def test_walk_without_planted_bug_holds(tmp_path: Path) -> None:

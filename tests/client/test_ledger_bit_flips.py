@@ -39,6 +39,7 @@ def write(path: Path) -> None:
     with Ledger.create(FILES, path, IDENTITY) as ledger:
         for number, name in enumerate("abc"):
             ledger.approve(approval(name), [digest("patient", number + other) for other in range(3)], CAPS)
+        ledger.pin_roster(digest("a"), digest("longer roster"), [IDENTITY.public], 1.0)
         for attempt in range(1, 24):
             study = digest("ab"[attempt % 2])
             ledger.reserve(study, attempt, attempt, CAPS, 0.0)
@@ -48,7 +49,6 @@ def write(path: Path) -> None:
             else:
                 ledger.abandon(study, attempt, "lost")
         ledger.reserve(digest("a"), 30, 30, CAPS, 0.0)
-        ledger.reserve(digest("a"), 31, 31, CAPS, 0.0)
         ledger.close_study(digest("a"), "done")
         ledger.withdraw(digest("b"), "asked")
         assert len(ledger.entries()) == ROWS

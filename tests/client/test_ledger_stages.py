@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from medfed.client.ledger import Approval, Caps, Ledger
+from medfed.client.ledger import Approval, Caps, Ledger, PatientIds
 from medfed.client.ledger.entries import Kind, ReservedBody
 from medfed.errors import LocalProtocolError, MedfedError
 from medfed.identity import Identity
@@ -39,6 +39,7 @@ def approval(**changes: object) -> Approval:
         nominal_patients=100,
         unconfirmed=(),
         approved_wall_s=1000.0,
+        ids=PatientIds(bytes(32), "patient"),
         stages=STAGES,
     )
     return replace(whole, **changes)  # type: ignore[arg-type]

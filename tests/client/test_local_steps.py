@@ -114,7 +114,7 @@ def test_steps_that_overflow_do_so_for_any_patients(make_world) -> None:
     update = private_update(approved, start, SeededEntropy(1, "x"), discrete_gaussian)
     assert not np.isfinite(update).any()
     with pytest.raises(LocalProtocolError, match="MF-184"):
-        weighted_words(approved, update)
+        weighted_words(approved, update, SeededEntropy(1, "x"))
 
 
 def test_hospitals_weigh_by_what_they_declared(make_world) -> None:
@@ -122,9 +122,11 @@ def test_hospitals_weigh_by_what_they_declared(make_world) -> None:
     world = make_world(UPDATE)
     parts = [approved_at(world, position) for position in EVERYBODY]
     one = np.full(parts[0].plan.words, 2.0**-6)
-    total = sum(weighted_words(part, one) for part in parts)
+    total = sum(weighted_words(part, one, SeededEntropy(1, "x")) for part in parts)
     np.testing.assert_allclose(total * 2.0 ** -parts[0].plan.exponent, one, rtol=1e-5)
-    assert weighted_words(parts[3], one)[0] == round(2.0**-6 * 8 / 26 * 2.0 ** parts[3].plan.exponent)
+    assert weighted_words(parts[3], one, SeededEntropy(1, "x"))[0] == round(
+        2.0**-6 * 8 / 26 * 2.0 ** parts[3].plan.exponent
+    )
 
 
 def test_round_adds_the_weighted_mean_of_the_updates(make_world) -> None:
@@ -142,6 +144,36 @@ def test_round_adds_the_weighted_mean_of_the_updates(make_world) -> None:
     mean = sum(part.nominal_patients * update for part, update in zip(parts, given, strict=True)) / 26
     step = 2.0 ** -parts[0].plan.exponent
     np.testing.assert_allclose(desk.state.weights, desk.previous.weights + mean, rtol=0, atol=4 * step + 1e-7)
+
+
+def test_update_far_below_a_step_adds_up_where_it_is_rounded_at_random(make_world) -> None:
+    """The grid of the 16-bit ring is coarse. To its nearest point such an update is 0 in every round; at random it is right in
+    the mean."""
+    coarse = ("sampling_rate = 0.5", 'sampling_rate = 0.5\nring_bits = 16\nrounding = "stochastic"')
+    approved = approved_at(make_world(UPDATE, coarse), 0)
+    assert (approved.study.quantization.ring_bits, approved.study.quantization.rounding) == (16, "stochastic")
+    share = approved.nominal_patients / approved.roster.nominal_patients
+    update = np.full(approved.plan.words, 0.25 * 2.0**-approved.plan.exponent / share)
+    entropy = SeededEntropy(5, "rounding")
+    rounded = np.stack([weighted_words(approved, update, entropy) for _ in range(500)])
+    assert set(np.unique(rounded)) == {0, 1}
+    assert abs(rounded.mean() - 0.25) < 0.03
+    nearest = approved.study.quantization.model_copy(update={"rounding": "nearest"})
+    to_nearest = replace(approved, study=approved.study.model_copy(update={"quantization": nearest}))
+    assert not weighted_words(to_nearest, update, entropy).any()
+
+
+def test_study_on_the_16_bit_ring_runs_to_its_end(make_world) -> None:
+    """Two bytes a parameter; every hospital ends with the same model."""
+    coarse = ("sampling_rate = 0.5", 'sampling_rate = 0.5\nring_bits = 16\nrounding = "stochastic"')
+    world = make_world(UPDATE, coarse)
+    world.start_all()
+    desk = Desk(world)
+    desk.set_up()
+    desk.round()
+    upload = desk.ask(0, desk.request())
+    assert isinstance(upload, Upload)
+    assert len(upload.payload) == 52 + 2 * world.assignment.plan.ring_words + 64
 
 
 # -------------------------------------------------------------------------------------------------- drawn, noised, charged

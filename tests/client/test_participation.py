@@ -21,11 +21,12 @@ from medfed.client.hospital import Hospital
 from medfed.client.ledger import Ledger
 from medfed.errors import EnvironmentFault, MedfedError, PrivacyError, RemoteProtocolError
 from medfed.identity import Identity
+from medfed.models import tasks
 from medfed.privacy.accounting import micro
 from medfed.privacy.noise import discrete_gaussian
 from medfed.privacy.sampling import poisson_mask
 from medfed.privacy.secagg.aggregator import Aggregator
-from medfed.privacy.secagg.protocol import AggregatorConfig
+from medfed.privacy.secagg.transitions import AggregatorPhase
 from medfed.privacy.statement import (
     Ending,
     PrivacyFile,
@@ -47,14 +48,21 @@ from medfed.wire import (
     OfferReply,
     Refusal,
     Refused,
+    Release,
+    ReleaseRequest,
     RoundRequest,
     SetupRequest,
     StateAccepted,
     StateTransfer,
     Upload,
+    Vote,
+    VoteRequest,
     check_signature,
     decode,
     encode,
+    numbered,
+    pack_positions,
+    release_size_bytes,
     state_statement,
     upload_size_bytes,
 )
@@ -68,6 +76,10 @@ def zeros(key: bytes, sd: float, size: int) -> NDArray[np.int64]:
     return np.zeros(size, np.int64)
 
 
+def nonce_of(attempt: int) -> bytes:
+    return hashlib.sha256(b"nonce" + attempt.to_bytes(4, "big")).digest()[:16]
+
+
 class Desk:
     """The coordinator as a hand that writes requests; every frame that leaves a hospital is kept."""
 
@@ -77,6 +89,7 @@ class Desk:
         self.state: ModelState = self.it.first
         self.previous: ModelState | None = None
         self.total = b""
+        self.survivors: tuple[int, ...] = ()
         self.attempt = 0
         self.session = bytes(16)
         self.offers: tuple[bytes, ...] = ()
@@ -103,17 +116,14 @@ class Desk:
 
     # --- a run -------------------------------------------------------------------------------------------------------
 
-    def config(self) -> AggregatorConfig:
-        plan, cohort = self.it.plan, self.it.study.cohort
-        roster = self.it.roster
-        return AggregatorConfig(
-            self.world.study_hash, roster.hash(), roster.identities, cohort.colluders, plan.ring_words, plan.ring_bits
-        )
+    @property
+    def everybody(self) -> range:
+        return range(len(self.it.roster.hospitals))
 
     def set_up(self, session: bytes | None = None) -> None:
         """All hospitals' offers."""
         self.session = session or hashlib.sha256(self.session).digest()[:16]
-        replies = [self.ask(position, self.setup(self.session)) for position in EVERYBODY]
+        replies = [self.ask(position, self.setup(self.session)) for position in self.everybody]
         self.offers = tuple(reply.offer for reply in replies)
         self.told = {each for reply in replies for each in reply.heads if not each.endswith(NO_HEAD)}
         self.note(read_heads(self.told, self.it.roster.identities))
@@ -135,35 +145,75 @@ class Desk:
         plain = RoundRequest(
             self.world.study_hash,
             self.session,
-            hashlib.sha256(b"nonce" + attempt.to_bytes(4, "big")).digest()[:16],
+            nonce_of(attempt),
             attempt,
             self.state.completed_rounds,
             state_hash(self.world.study_hash, self.state),
             self.offers,
             tuple(sorted(self.told | self.known())),
+            pack_positions(self.survivors),
             self.total,
         )
         return replace(plain, **changes)
 
-    def add_up(self, request: RoundRequest, uploads: list[Upload]) -> bytes:
-        """The sum of all uploads; raises if one of them does not belong."""
-        aggregator = Aggregator.from_offers(self.config(), request.offers)
+    def sum_of(self, request: RoundRequest, uploads: list[Upload]) -> Aggregator:
+        """All uploads in one sum; raises if one of them does not belong."""
+        aggregator = Aggregator.from_offers(self.it.secagg_config(), request.offers)
         task = task_hash(self.world.study_hash, self.state)
         aggregator.open_round(request.attempt, with_heads(task, request.heads))
         for upload in uploads:
             aggregator.add_upload(upload.payload)
+        return aggregator
+
+    def add_up(self, request: RoundRequest, uploads: list[Upload]) -> bytes:
+        """The sum of all uploads, opened with the help of those who sent them."""
+        aggregator = self.sum_of(request, uploads)
+        if not aggregator.cohort.is_strict:
+            self.collect_votes(aggregator, request.attempt)
+            for position in aggregator.survivors:
+                reply = self.ask(position, self.release_request(aggregator, position, request.attempt))
+                assert isinstance(reply, Release), reply
+                aggregator.add_release(position, reply.released)
         return aggregator.total().tobytes()
 
-    def round(self) -> list[Upload]:
-        """One whole round."""
-        request = self.request()
-        uploads = [self.ask(position, request) for position in EVERYBODY]
+    def collect_votes(self, aggregator: Aggregator, attempt: int) -> None:
+        survivors = aggregator.freeze()
+        for position in survivors if aggregator.phase is AggregatorPhase.VOTING else ():
+            reply = self.ask(position, self.vote_request(survivors, attempt))
+            assert isinstance(reply, Vote), reply
+            aggregator.add_vote(position, reply.vote)
+
+    def vote_request(self, survivors: Iterable[int], attempt: int) -> VoteRequest:
+        named = pack_positions(survivors)
+        return VoteRequest(self.world.study_hash, self.session, nonce_of(attempt), attempt, named)
+
+    def release_request(self, aggregator: Aggregator, position: int, attempt: int) -> ReleaseRequest:
+        return ReleaseRequest(
+            self.world.study_hash,
+            self.session,
+            nonce_of(attempt),
+            attempt,
+            pack_positions(aggregator.survivors),
+            numbered(aggregator.certificate()),
+            numbered(aggregator.boxes_for(position)),
+        )
+
+    def upload_all(self, request: RoundRequest) -> list[Upload]:
+        """Everybody's upload of a new attempt."""
+        uploads = [self.ask(position, request) for position in self.everybody]
         assert all(isinstance(upload, Upload) for upload in uploads), uploads
         self.attempt = request.attempt
+        return uploads
+
+    def round(self, lost: Iterable[int] = ()) -> list[Upload]:
+        """One whole round; what ``lost`` hospitals send never arrives."""
+        request = self.request()
+        uploads = [upload for upload in self.upload_all(request) if upload.position not in lost]
         self.attestations = {upload.position: upload.attestation for upload in uploads}
         self.note((upload.position, Head.from_bytes(upload.head)) for upload in uploads)
         self.total = self.add_up(request, uploads)
-        self.previous, self.state = self.state, self.it.advance(self.state, self.total)
+        self.survivors = tuple(upload.position for upload in uploads)
+        self.previous, self.state = self.state, self.it.advance(self.state, self.total, self.survivors)
         return uploads
 
     def transfer(self, signers: list[tuple[int, bytes]] | None = None, **changes: object) -> StateTransfer:
@@ -190,6 +240,7 @@ class Desk:
             heads=tuple(sorted(self.known())),
             statement=canonical(said),
             statement_signature=said.sign(self.it.identity),
+            survivors=pack_positions(self.survivors),
             total=self.total,
         )
         return replace(plain, **changes)
@@ -568,7 +619,7 @@ def test_hospital_led_to_another_model_cannot_be_added_up(desk: Desk) -> None:
     """T5: one hospital gets another sum with its fitting hash. It trains, but its masks cancel with nobody's."""
     desk.round()
     other_total = bytes([desk.total[0] ^ 1]) + desk.total[1:]
-    other_state = desk.it.advance(desk.previous, other_total)
+    other_state = desk.it.advance(desk.previous, other_total, desk.survivors)
     request = desk.request()
     misled = replace(request, total=other_total, state_hash=state_hash(desk.world.study_hash, other_state))
     uploads = [desk.ask(position, misled if position == 0 else request) for position in EVERYBODY]
@@ -660,7 +711,14 @@ def test_budget_that_was_lowered_since_approval_is_kept(desk: Desk) -> None:
 
 
 def requests(desk: Desk) -> list[Message]:
-    return [desk.setup(b"new session here"), desk.request(), desk.transfer(), desk.finish()]
+    return [
+        desk.setup(b"new session here"),
+        desk.request(),
+        desk.vote_request(EVERYBODY, desk.attempt),
+        ReleaseRequest(desk.world.study_hash, desk.session, bytes(16), desk.attempt, bytes(2), (), ()),
+        desk.transfer(),
+        desk.finish(),
+    ]
 
 
 def test_request_that_the_coordinator_did_not_sign_changes_nothing(desk: Desk) -> None:
@@ -857,7 +915,7 @@ def forged(desk: Desk) -> bytes:
 def walked(desk: Desk) -> tuple[bytes, bytes]:
     """A sum of the coordinator's invention, and the hash of the state it would lead to from the first model."""
     total = forged(desk)
-    return total, state_hash(desk.world.study_hash, desk.it.advance(desk.it.first, total))
+    return total, state_hash(desk.world.study_hash, desk.it.advance(desk.it.first, total, EVERYBODY))
 
 
 def test_sum_without_an_upload_of_this_hospital_moves_nothing(desk: Desk) -> None:
@@ -1011,9 +1069,9 @@ def test_finish_with_another_model_is_refused(desk: Desk) -> None:
 # ------------------------------------------------------------------------------------------------------ what leaves
 
 
-def whole_run(make_world, missing_patient: bool) -> list[bytes]:
-    """Every frame that leaves the hospitals in a whole run with a refusal and a transfer in it."""
-    world = make_world()
+def whole_run(make_world, missing_patient: bool, drop_outs: int) -> list[bytes]:
+    """Every frame that leaves the hospitals in a whole run with a refusal and a transfer in it, and a drop-out if one may be."""
+    world = make_world(hospitals=4 + drop_outs, drop_outs=drop_outs)
     if missing_patient:
         path = world.folder / "Ahaus" / "patients.csv"
         lines = path.read_text().splitlines(keepends=True)
@@ -1030,24 +1088,27 @@ def whole_run(make_world, missing_patient: bool) -> list[bytes]:
     desk.set_up()
     desk.ask(0, desk.request())
     desk.ask(0, desk.transfer())
-    desk.round()
-    for position in EVERYBODY:
+    desk.round(lost=range(4, 4 + drop_outs))
+    for position in desk.everybody:
         desk.ask(position, desk.finish())
     return desk.frames
 
 
-PRIVATE = {"payload", "attestation", "head", "heads", "signature"}
-"""The masked vector, the signature over a state that all vectors went into, and heads of ledgers: over a keyed digest."""
+PRIVATE = {"payload", "attestation", "head", "heads", "signature", "vote", "released"}
+"""The masked vector, the signature over a state that all vectors went into, and heads of ledgers: over a keyed digest. What a
+sum is opened with is bound to those heads, as the pads are."""
 
 
-def test_egress_allowlist(make_world) -> None:
+@pytest.mark.parametrize("drop_outs", [0, 1])
+def test_egress_allowlist(make_world, drop_outs: int) -> None:
     """Every byte that leaves is a listed message; with a patient more or less only the masked vectors differ (I11)."""
     runs = [
-        [decode(frame, vector_limit_bytes=1 << 16) for frame in whole_run(make_world, missing)]
+        [decode(frame, vector_limit_bytes=1 << 16) for frame in whole_run(make_world, missing, drop_outs)]
         for missing in (False, True)
     ]
-    frames = whole_run(make_world, False)
-    assert {type(message) for message in runs[0]} == set(FROM_HOSPITAL)
+    frames = whole_run(make_world, False, drop_outs)
+    opening = set() if drop_outs else {Vote, Release}
+    assert {type(message) for message in runs[0]} == set(FROM_HOSPITAL) - opening
     uploads = 0
     for one, other, frame in zip(*runs, frames, strict=True):
         assert type(one) is type(other)
@@ -1060,6 +1121,8 @@ def test_egress_allowlist(make_world) -> None:
                 assert mine == theirs, field.name
         if isinstance(one, Upload):
             assert len(frame) == upload_size_bytes(len(one.payload))
+        if isinstance(one, Release):
+            assert len(frame) == release_size_bytes(len(one.released))
     assert uploads >= 9, "the two runs did not differ at all: the comparison would see nothing"
 
 
@@ -1081,6 +1144,65 @@ def test_refusals_are_logged_for_this_hospital(desk: Desk, caplog: pytest.LogCap
     with caplog.at_level(logging.INFO, "medfed.client"):
         desk.ask(0, desk.request(state_hash=bytes(32)))
     assert "refused RoundRequest: STATE_MISMATCH" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------ scores of the final model
+
+
+def with_held_out(world) -> Desk:
+    """A trained federation, whose first hospital has patients set aside."""
+    config = world.site(0).folder / "hospital.toml"
+    config.write_text(config.read_text().replace("holdout = 0.0", "holdout = 0.5"))
+    world.start_all()
+    desk = Desk(world)
+    desk.set_up()
+    return trained(desk)
+
+
+@pytest.fixture
+def scored(clock, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """When held-out patients were scored; it takes as long as ``[0]`` says."""
+    true, times = tasks.evaluate, [0.0]
+
+    def slow(model, task, records):
+        assert len(records.labels)
+        clock.now_s += times[0]
+        times.append(clock.now_s)
+        return true(model, task, records)
+
+    monkeypatch.setattr(tasks, "evaluate", slow)
+    return times
+
+
+def test_final_model_is_scored_once_however_often_and_badly_the_end_is_asked_for(world, scored) -> None:
+    """Else a coordinator could time it, for nothing and without limit; another model on the folder's disk is another matter."""
+    desk = with_held_out(world)
+    finish = desk.finish()
+    refused(desk.ask(0, desk.finish(statement=b"{}")), Refused.STATEMENT)
+    for _ in range(3):
+        assert isinstance(desk.ask(0, finish), Finished)
+    world.start(0)
+    assert isinstance(desk.ask(0, finish), Finished)
+    assert len(scored) == 2
+    path = world.place(0) / "evaluation.json"
+    digest = hashlib.sha256((world.place(0) / "model.safetensors").read_bytes()).hexdigest()
+    kept = path.read_text()
+    assert digest in kept and "auc" in kept
+    path.write_text(kept.replace(digest, "0" * 64))
+    assert isinstance(desk.ask(0, finish), Finished)
+    assert len(scored) == 3 and path.read_text() == kept
+
+
+@pytest.mark.parametrize("takes_s", [0.0, 3.0, 6.9])
+def test_answers_about_the_final_model_leave_on_a_slot_whatever_scoring_took(make_world, scored, takes_s) -> None:
+    world = make_world(("round_s = 60.0", "round_s = 60.0\nslot_s = 7.0"))
+    desk = with_held_out(world)
+    scored[0] = takes_s
+    for finish, kind in ((desk.finish(statement=b"{}"), Refusal), (desk.finish(), Finished), (desk.finish(), Finished)):
+        started = world.clock.now_s
+        assert isinstance(desk.ask(0, finish), kind)
+        assert world.clock.now_s - started == pytest.approx(7.0)
+    assert len(scored) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------- slots
@@ -1142,12 +1264,15 @@ def test_outside_its_hours_a_hospital_asks_to_be_asked_later_and_spends_nothing(
     assert isinstance(desk.ask(0, desk.request()), Upload)
 
 
-def test_hours_of_the_policy_hold_at_the_hospital(world) -> None:
+def test_hours_of_the_policy_hold_at_the_hospital(world, caplog) -> None:
     config = world.site(0).folder / "hospital.toml"
     now = time.localtime(world.clock.wall())
     hour = (now.tm_hour + 2) % 24
     config.write_text(config.read_text().replace("[policy]", f'[policy]\nhours = "{hour:02}:00-{hour:02}:30"'))
     world.start_all()
     desk = Desk(world)
-    refused(desk.ask(0, desk.setup(bytes(16))), Refused.OUT_OF_HOURS)
+    caplog.set_level(logging.INFO)
+    for _ in range(3):  # a coordinator that waits asks every few seconds; the log says it once
+        refused(desk.ask(0, desk.setup(bytes(16))), Refused.OUT_OF_HOURS)
+    assert [record.levelname for record in caplog.records if "OUT_OF_HOURS" in record.message] == ["INFO"]
     assert isinstance(desk.ask(1, desk.setup(bytes(16))), OfferReply)

@@ -8,21 +8,23 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import os
 import sqlite3
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from medfed_test_disk import sqlite_library
 from medfed_test_power_cuts import CAPS, IDENTITY, approval, cut, digest, spend
 
+from medfed import seams
 from medfed.client import participation
 from medfed.client.hospital import Hospital
-from medfed.client.ledger import Caps, Head, Kind, Ledger, LedgerView, accounts, rows
+from medfed.client.ledger import Caps, Head, Kind, Ledger, LedgerView, accounts, rows, view
 from medfed.client.ledger import store as ledger_store
 from medfed.client.ledger.entries import Body, Draft, ReservedBody, SealedBody
 from medfed.client.ledger.store import Store
@@ -225,6 +227,33 @@ def one_process_writes(place: Place) -> None:
         Ledger.open(FILES, place.path, IDENTITY).close()
 
 
+def one_name_a_ledger(place: Place) -> None:
+    second = place.folder / "second" / "ledger.db"
+    second.parent.mkdir()
+    for link in (os.symlink, os.link):
+        with place.approved() if not place.path.exists() else Ledger.open(FILES, place.path, IDENTITY):
+            link(place.path, second)
+            with refused(204, "a second writer opened the ledger under another name"):
+                Ledger.open(FILES, second, IDENTITY).close()
+            second.unlink()
+
+
+def patients_are_never_strangers_to_their_account(place: Place) -> None:
+    """The same people, hashed by another key or known by another column."""
+    ids = approval("a").ids
+    with place.approved() as ledger:
+        for other in (replace(ids, key=digest("key")), replace(ids, column="stay")):
+            with refused(340, "the same patients begin a fresh account"):
+                ledger.approve(replace(approval("b"), ids=other), [digest("hashed otherwise")], CAPS)
+
+
+def edited_caps_forget_nothing(place: Place) -> None:
+    with place.approved() as ledger:
+        first = ledger.reserve(STUDY, 1, 1, CAPS, 0.0).filter_after
+        second = ledger.reserve(STUDY, 2, 2, replace(CAPS, lifetime_delta=1e-2), 0.0).filter_after
+        need(second > first, "the same spending counts less once the caps are edited")
+
+
 CHECKS = [
     debit_comes_before_use_and_sending,
     power_cuts_lose_no_debit,
@@ -236,6 +265,9 @@ CHECKS = [
     changed_row_is_refused,
     restored_ledger_is_noticed,
     one_process_writes,
+    one_name_a_ledger,
+    patients_are_never_strangers_to_their_account,
+    edited_caps_forget_nothing,
 ]
 
 
@@ -256,7 +288,7 @@ def test_production_keeps_the_promise(check: Callable[[Place], None], place: Pla
 class Change:
     """In the source of ``owner.name``: each ``old``, which stands there once, becomes its ``new``."""
 
-    owner: type
+    owner: type | ModuleType
     name: str
     pairs: tuple[tuple[str, str], ...]
 
@@ -378,6 +410,26 @@ BUGS: list[tuple[str, Callable[[Place], None], Callable[[pytest.MonkeyPatch], No
         "two writers",
         one_process_writes,
         lambda patch: patch.setattr(SystemFiles, "lock", lambda *_: contextlib.nullcontext()),
+    ),
+    ("two names", one_name_a_ledger, lambda patch: patch.setattr(seams, "_refuse_links", lambda _: None)),
+    (
+        "another key",
+        patients_are_never_strangers_to_their_account,
+        Change(view, "require_same", (("now.key != before.key", "False"),)),
+    ),
+    (
+        "another column",
+        patients_are_never_strangers_to_their_account,
+        Change(view, "require_same", (("now.column != before.column", "False"),)),
+    ),
+    (
+        "order of the day",
+        edited_caps_forget_nothing,
+        Change(
+            accounts,
+            "filtered",
+            (("[known.caps for known in account if not known.shares_patients_with] or [caps]", "[caps]"),),
+        ),
     ),
 ]
 

@@ -73,7 +73,7 @@ def hospital(make_study: MakeStudy, changes: dict[str, object], patients: int = 
         patients=trainer.number_patients(study, records),
         compute=Compute(),
         nominal_patients=10,
-        roster=SimpleNamespace(nominal_patients=40),
+        roster=SimpleNamespace(patients_at_start=lambda study: 40),
         folder=folder,
     )
 
@@ -269,7 +269,7 @@ def nothing_public_depends_on_the_number_of_patients(make_study: MakeStudy, fold
         site = hospital(make_study, {**NOBODY, **LOCAL}, patients)
         start = np.zeros(site.plan.words, np.float32)
         update = local_steps.private_update(site, start, SeededEntropy(7, "x"), daemon.discrete_gaussian)
-        outcomes.append((update, local_steps.weighted_words(site, np.full(4, 0.01))))
+        outcomes.append((update, local_steps.weighted_words(site, np.full(4, 0.01), SeededEntropy(7, "y"))))
     need(np.array_equal(outcomes[0][0], outcomes[1][0]), "the divisor depends on the data")
     need(np.array_equal(outcomes[0][1], outcomes[1][1]), "the weight depends on the data")
 
@@ -326,13 +326,17 @@ def batch_norm_is_refused(make_study: MakeStudy, folder: Path) -> None:
 LEAVES = {
     wire.OfferReply: {"study_hash", "session", "position", "highest_attempt", "heads", "offer"},
     wire.Upload: {"study_hash", "nonce", "position", "attempt", "round", "attestation", "head", "payload"},
+    wire.Vote: {"study_hash", "nonce", "position", "attempt", "vote"},
+    wire.Release: {"study_hash", "nonce", "position", "attempt", "released"},
     wire.StateAccepted: {"study_hash", "nonce", "position", "round"},
     wire.Finished: {
-        *{"study_hash", "nonce", "position", "round", "attempts_charged", "epsilon_spent_micro", "head", "signature"}
+        *{"study_hash", "nonce", "position", "round", "attempts_charged", "epsilon_spent_micro", "head"},
+        *{"signature", "attestation"},
     },
     wire.Refusal: {"study_hash", "nonce", "position", "reason"},
 }
-"""All that a hospital's messages have room for: of its patients, the payload and nothing else."""
+"""All that a hospital's messages have room for: of its patients, the payload and nothing else. What is
+``released`` are shares and seeds of pads."""
 
 
 def no_message_has_room_for_a_metric(make_study: MakeStudy, folder: Path) -> None:
@@ -553,8 +557,8 @@ BUGS: dict[str, tuple[Callable[[MakeStudy, Path], None], Plant]] = {
             Change(
                 local_steps,
                 "weighted_words",
-                "share = approved.nominal_patients",
-                "share = approved.patients.count",
+                "update * (approved.nominal_patients",
+                "update * (approved.patients.count",
             )
         ],
     ),
@@ -591,7 +595,10 @@ BUGS: dict[str, tuple[Callable[[MakeStudy, Path], None], Plant]] = {
     ),
     "a float sum": (
         noise_has_the_stated_shape,
-        in_sum("quantize(total, plan.noise_exponent, plan.noise_limit)", "np.ldexp(total, plan.noise_exponent)"),
+        in_sum(
+            "quantize(total, plan.noise_exponent, plan.noise_limit, out=total.view(np.int64))",
+            "np.ldexp(total, plan.noise_exponent)",
+        ),
     ),
     "BatchNorm let through by the engine": (batch_norm_is_refused, [NO_REFUSAL]),
     "BatchNorm let through by both guards": (batch_norm_is_refused, [NO_REFUSAL, NO_LIST]),

@@ -96,6 +96,8 @@ range = 100.0
 [cohort]
 hospitals = 4
 colluders = 1
+fewest_survivors = 4
+most_hospitals = 4
 roster_sha256 = "{"0" * 64}"
 [deadlines]
 setup_s = 60.0
@@ -192,7 +194,11 @@ def test_study_at_every_bound_is_admitted() -> None:
         ('unit = "patient"', 'unit = "record"', 134),
         ("hospitals = 4\ncolluders = 1", "hospitals = 4\ncolluders = 2", 141),
         ("max_records_per_patient = 10", "max_records_per_patient = 11", 134),
-        ("hospitals = 4", "hospitals = 3", 140),
+        (
+            "hospitals = 4\ncolluders = 1\nfewest_survivors = 4",
+            "hospitals = 3\ncolluders = 1\nfewest_survivors = 3",
+            140,
+        ),
     ],
 )
 def test_study_beyond_a_bound_is_refused_by_name(old: str, new: str, code: int) -> None:
@@ -201,6 +207,19 @@ def test_study_beyond_a_bound_is_refused_by_name(old: str, new: str, code: int) 
     assert caught.value.code == code
     assert caught.value.exit_status is ExitStatus.POLICY
     assert "hospital.toml" in caught.value.remedy
+
+
+def test_bounds_on_hospitals_hold_for_the_smallest_sum_that_is_ever_opened() -> None:
+    """Of six hospitals five are in a sum and four of them honest: a roster of six is no comfort."""
+    six = study(
+        "hospitals = 4\ncolluders = 1\nfewest_survivors = 4\nmost_hospitals = 4",
+        "hospitals = 6\ncolluders = 1\nfewest_survivors = 5\nmost_hospitals = 6",
+    )
+    policy().model_copy(update={"min_hospitals": 5, "min_honest": 4}).admit(six)
+    for wanted, code in (({"min_hospitals": 6}, 140), ({"min_honest": 5}, 141)):
+        with pytest.raises(PrivacyError) as caught:
+            policy().model_copy(update=wanted).admit(six)
+        assert caught.value.code == code
 
 
 def test_record_level_needs_both_the_study_and_the_hospital() -> None:
@@ -231,12 +250,17 @@ def test_hours_are_local_and_may_go_over_midnight(hours: str, inside: list[str],
         wall = time.mktime((2026, 6, 15, hour, minute, 30, 0, 0, -1))
         assert bounds.is_within_hours(wall) is (text in inside), text
         assert policy().is_within_hours(wall)
+        opens = bounds.next_opening(wall)
+        assert (opens is None) is (text in inside), text
+        if opens is not None:
+            assert time.strftime("%H:%M:%S", time.localtime(opens)) == f"{hours[:5]}:00"
+            assert 0 < opens - wall < 24 * 3600
 
 
 @pytest.mark.parametrize("hours", ["8-18", "24:00-06:00", "08:00", "08:00-18:60"])
 def test_hours_in_another_form_are_refused(hours: str) -> None:
     text = GOOD.replace("[policy]", f'[policy]\nhours = "{hours}"')
-    with pytest.raises(ConfigError, match=r"policy\.hours"):
+    with pytest.raises(ConfigError, match=r'policy\.hours.*such as "20:00-06:00"'):
         parse(text.encode(), "hospital.toml", HospitalConfig)
 
 

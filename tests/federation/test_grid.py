@@ -1,13 +1,16 @@
 """The exchange over a local grid, and the grid that no hospital can block."""
 
+import gc
 import hashlib
 import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
 from medfed_test_federation import until
 
 from medfed.client.node import make_client_app
+from medfed.flower import FIELD, RECORD
 from medfed.server.exchange import Kind, Reply
 from medfed.server.link.child import RunGrid
 from medfed.server.link.grid import GridExchange, make_server_app
@@ -58,6 +61,15 @@ def test_exchange_names_a_failure_by_its_class_only(local):
     exchange, _ = local(fail)
     exchange.send(0, Kind.TRAIN, b"x", 5.0)
     assert all_replies(exchange, 1) == [Reply(0, None, "LookupError")]
+
+
+def test_local_grid_keeps_no_reply_that_was_taken(local):
+    """Of a hundred hospitals' uploads of a large model the grid would otherwise hold all until the next request."""
+    _, grid = local(lambda data: data)
+    message = Message(RecordDict({RECORD: ConfigRecord({FIELD: b"x"})}), grid.node_ids[0], "train")
+    reply = weakref.ref(next(iter(grid.send_and_receive([message], timeout=5.0))))
+    gc.collect()
+    assert reply() is None
 
 
 def test_messages_for_one_hospital_are_answered_in_order_one_at_a_time(local):

@@ -96,3 +96,30 @@ def test_coordinator_killed_in_the_middle_is_started_again_and_the_run_goes_on(f
     check(folder, charged)
     assert status(folder)["attempts_used"] == ROUNDS, "a coordinator's crash costs no attempt"
     assert {process.returncode for process in processes.hospitals.values()} == {0}, "SIGTERM ends a hospital cleanly"
+
+
+def test_hospital_killed_for_good_is_dropped_and_the_run_ends_with_the_others(tmp_path: Path) -> None:
+    """Five hospitals, of which any four make a sum (c = 1, m = 4): nobody waits for the dead one, and nothing is spent twice."""
+    seams, names = system_seams(), [f"hospital-{number}" for number in range(1, 6)]
+    cohort = load_cohort(seams.files, "breast-cancer", 1, len(names))
+    rounds = 5
+    plan = Rehearsal(1.0, "distributed", drop_outs=1, rounds=rounds, spare_attempts=SPARES)
+    lay_out(tmp_path, cohort, plan, seams, ports=Ports(*free_ports(2)))
+    with running(tmp_path, names) as processes:
+        until(lambda: status(tmp_path)["round"] >= 2)
+        victim = processes.hospitals.pop("hospital-2")
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+        wait_for_coordinator(processes, seams, tmp_path, give_up_s=GIVE_UP_S)
+    final = status(tmp_path)
+    assert final["what"] == "done" and final["round"] == rounds
+    (run,) = (place for place in (tmp_path / "coordinator" / "runs").iterdir() if place.is_dir())
+    lines = [json.loads(line) for line in (run / "journal.jsonl").read_bytes().splitlines()]
+    survivors = [line["survivors"] for line in lines if line["kind"] == "completed"]
+    assert survivors[0] == [0, 1, 2, 3, 4]
+    assert survivors[-1] == [0, 2, 3, 4]
+    signed = json.loads((run / "privacy.json").read_bytes())["hospitals"]
+    assert [each["hospital"] for each in signed] == [names[position] for position in (0, 2, 3, 4)]
+    for name in ("hospital-1", "hospital-3", "hospital-4", "hospital-5"):
+        assert list((tmp_path / name / "studies").glob("*/model.safetensors"))
+        assert len(reserved(tmp_path, name)) == final["attempts_used"]

@@ -177,7 +177,8 @@ def test_node_does_not_follow_a_redirect(place):
     assert len(elsewhere.requests) == 1
 
 
-def test_node_whose_key_nobody_enrolled_ends(place):
+def test_node_whose_key_nobody_enrolled_ends(place, caplog):
+    """And says first what mostly passes: after a crash the lost connection keeps the same key out for a while."""
     link = SuperLink(place.settings(), place.seams)
     link.start()
     link.register(place.public_keys[1], "hospital-1")
@@ -192,6 +193,9 @@ def test_node_whose_key_nobody_enrolled_ends(place):
         link.close()
     assert code_of(outcome) == 616
     assert outcome.exit_status == 3
+    warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert warned[0].startswith("not let in yet: a connection lost before has to run out first, 20 s")
+    assert warned[1].startswith("if that lasts: MF-616")
 
 
 def _online(link) -> bool:

@@ -107,7 +107,7 @@ def test_model_of_several_pieces_over_tls_ends_with_the_plain_sum_bit_for_bit(pl
     def known_update(approved, weights, entropy, noise):
         rng = np.random.default_rng([approved.position, len(sent[approved.position])])
         update = rng.normal(0.0, 1e-3, approved.plan.words)
-        sent[approved.position].append(weighted_words(approved, update))
+        sent[approved.position].append(weighted_words(approved, update, entropy))
         return update
 
     task = load_task(seams.files, "example-update")

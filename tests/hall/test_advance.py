@@ -405,11 +405,11 @@ def test_released_model_before_the_end_is_the_weights(make_study: MakeStudy) -> 
 
 def test_divisor_is_public(make_study: MakeStudy) -> None:
     """Sampling rate times declared patients: nothing of the real data enters."""
-    assert divisor(make_study({"privacy.sampling_rate": 0.25}), 1000) == 250.0
+    assert divisor(make_study({"privacy.sampling_rate": 0.25}), 1000, 1500) == 250.0
 
 
 def test_updates_are_weighted_by_the_hospitals_so_nothing_divides_them(make_study: MakeStudy) -> None:
-    assert divisor(make_study({"training.aggregate": "update", "training.local": LOCAL}), 1000) == 1.0
+    assert divisor(make_study({"training.aggregate": "update", "training.local": LOCAL}), 600, 1000) == 0.6
 
 
 # ------------------------------------------------------------------------------------------------------------- bytes

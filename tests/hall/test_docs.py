@@ -27,7 +27,7 @@ _MEANING = {
     ExitStatus.INTEGRITY: "integrity: something does not fit, nothing is trusted",
     ExitStatus.BUDGET: "the privacy budget does not cover it",
     ExitStatus.ENVIRONMENT: "the machine, the network, keys or certificates",
-    ExitStatus.INTERRUPTED: "interrupted; start again to resume",
+    ExitStatus.INTERRUPTED: "interrupted; hospitals and coordinator resume, a simulation has kept nothing",
 }
 
 

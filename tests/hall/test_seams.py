@@ -310,6 +310,27 @@ def test_database_is_opened_in_autocommit_mode(tmp_path: Path) -> None:
         assert connection.execute("SELECT count(*) FROM t").fetchone() == (0,)
 
 
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
+def test_database_with_a_second_name_is_refused_under_either(tmp_path: Path, link) -> None:
+    """But for the own name of what a symbolic link points to."""
+    first, second = tmp_path / "ledger.db", tmp_path / "second.db"
+    FILES.database(first, create=True).close()
+    link(first, second)
+    for path in (second,) if second.is_symlink() else (first, second):
+        for create in (True, False):
+            with refused(204):
+                FILES.database(path, create=create)
+    second.unlink()
+    FILES.database(first, create=False).close()
+
+
+def test_symbolic_link_to_nothing_makes_no_database(tmp_path: Path) -> None:
+    (tmp_path / "ledger.db").symlink_to(tmp_path / "elsewhere.db")
+    with refused(204):
+        FILES.database(tmp_path / "ledger.db", create=True)
+    assert not (tmp_path / "elsewhere.db").exists()
+
+
 def test_database_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     with refused(608):
         FILES.database(tmp_path, create=True)

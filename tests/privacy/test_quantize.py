@@ -1,6 +1,7 @@
 """The grid and the ring: exactness, saturation, overflow bounds."""
 
 import math
+import tracemalloc
 from fractions import Fraction
 
 import numpy as np
@@ -10,7 +11,18 @@ from hypothesis import strategies as st
 
 from medfed.errors import ConfigError, LocalProtocolError
 from medfed.privacy.accounting import sensitivity
-from medfed.privacy.quantize import dequantize, grid_exponent, limit, quantize, unwrap, wrap, wrap_probability
+from medfed.privacy.keystream import Keystream
+from medfed.privacy.quantize import (
+    BLOCK,
+    dequantize,
+    grid_exponent,
+    limit,
+    quantize,
+    quantize_stochastic,
+    unwrap,
+    wrap,
+    wrap_probability,
+)
 
 RINGS = st.sampled_from([16, 32])
 VALUES = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=30)
@@ -63,14 +75,78 @@ def test_quantize_moves_no_further_than_the_sensitivity(values, exponent, seed):
     )
 
 
+def test_quantize_ties_go_to_even_across_blocks():
+    values = np.arange(-(2 * BLOCK + 3), 2 * BLOCK + 3) / 2
+    assert np.array_equal(quantize(values, 0, 2**24 - 1), np.rint(values).astype(np.int64))
+
+
+@given(VALUES, st.integers(-10, 20), st.booleans())
+def test_quantize_into_a_buffer_or_in_place_is_the_same(values, exponent, in_place):
+    vector = np.array(values)
+    want = quantize(vector, exponent, 1000)
+    out = vector.view(np.int64) if in_place else np.full(len(values), 7, np.int64)
+    assert quantize(vector, exponent, 1000, out=out) is out
+    assert out.tolist() == want.tolist()
+
+
+def test_quantize_in_place_takes_no_memory_of_the_vectors_size():
+    vector = np.full(1_000_000, 0.25)
+    tracemalloc.start()
+    try:
+        quantize(vector, 3, 100, out=vector.view(np.int64))
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_quantize_buffer_of_other_length_is_refused():
+    with pytest.raises(LocalProtocolError, match="MF-180"):
+        quantize(np.zeros(3), 0, 100, out=np.zeros(4, np.int64))
+
+
+@given(VALUES, st.integers(-10, 20), st.binary(min_size=32, max_size=32), st.booleans())
+def test_stochastic_rounding_is_the_formula_of_the_design(values, exponent, key, in_place):
+    vector, bound = np.array(values), 1000
+    coins = Keystream(key).words(len(values) // 8 + 1).view(np.uint8).tolist()
+    fine = [
+        max(-256 * bound, min(256 * bound, round(Fraction(value) * Fraction(2) ** (exponent + 8)))) for value in values
+    ]
+    out = vector.view(np.int64) if in_place else None
+    words = quantize_stochastic(vector, exponent, bound, key, out=out)
+    assert words.tolist() == [(number + coin) >> 8 for number, coin in zip(fine, coins, strict=False)]
+
+
+def test_stochastic_rounding_is_right_in_the_mean_where_nearest_is_not():
+    size = 4 * BLOCK
+    vector = np.repeat([0.3, -0.125, 7.0, 1e9], size // 4)
+    words = quantize_stochastic(vector, 0, 1000, bytes(32))
+    means = words.reshape(4, -1).mean(axis=1)
+    assert np.abs(means[:2] - [0.3, -0.125]).max() < 0.015  # five standard deviations, and 1/512 of a step
+    assert means[2:].tolist() == [7.0, 1000.0]
+    assert not quantize(vector, 0, 1000)[: size // 2].any()
+
+
+def test_stochastic_rounding_does_not_repeat_its_coins_from_block_to_block():
+    words = quantize_stochastic(np.full(2 * BLOCK, 0.5), 0, 1000, bytes(32))
+    assert not np.array_equal(words[:BLOCK], words[BLOCK:])
+
+
+def test_stochastic_rounding_not_finite_is_refused():
+    with pytest.raises(LocalProtocolError, match="MF-184"):
+        quantize_stochastic(np.array([np.nan]), 0, 100, bytes(32))
+
+
 def test_quantize_huge_values_saturate_and_never_wrap():
     assert quantize(np.array([1e308, -1e308, 1e-320]), 300, 100).tolist() == [100, -100, 0]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_quantize_not_finite_is_refused(bad):
+@pytest.mark.parametrize("position", [0, BLOCK - 1, BLOCK])
+def test_quantize_not_finite_is_refused(bad, position):
+    vector = np.zeros(BLOCK + 1)
+    vector[position] = bad
     with pytest.raises(LocalProtocolError, match="MF-184"):
-        quantize(np.array([0.0, bad]), 0, 100)
+        quantize(vector, 0, 100)
 
 
 @given(RINGS, st.data())

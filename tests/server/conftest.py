@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 COMMANDS = Path(__file__).parent.parent / "commands"
-if str(COMMANDS) not in sys.path:
-    sys.path.insert(0, str(COMMANDS))
+for folder in (COMMANDS, Path(__file__).parent):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 from medfed_test_commands import Federation, lay_out_by_commands  # noqa: E402
 

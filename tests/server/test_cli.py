@@ -10,9 +10,11 @@ from medfed_test_commands import NAMES, call, check_refusal, new_arguments
 
 from medfed.errors import ExitStatus
 from medfed.identity import load_identity
+from medfed.privacy.plan import make_plan
 from medfed.roster import enrol, load_enrolment, load_roster
 from medfed.seams import system_seams
 from medfed.server.cli import main
+from medfed.server.daemon import read_status
 from medfed.server.study_file import render
 from medfed.study import load_study
 
@@ -82,7 +84,14 @@ def test_study_new_writes_plan_roster_and_model_that_fit_each_other(federation):
 def test_study_check_explains_epsilon_noise_excess_ring_and_wrap(federation):
     outcome = call(main, ["study", "check", federation.study])
     assert (outcome.status, outcome.err) == (0, "")
-    for said in ("epsilon 2", "without spares", "1.5 times the variance", "32-bit ring", "wraps", "at most 1 of the"):
+    for said in (
+        "epsilon 2",
+        "if no spare is needed",
+        "1.5 times the variance",
+        "32-bit ring",
+        "wraps",
+        "at most 1 of the",
+    ):
         assert said in outcome.out, said
 
 
@@ -139,14 +148,62 @@ def test_status_shows_the_last_run(federation):
         "rounds": 4,
         "attempts_used": 5,
         "attempts": 5,
+        "rounds_by_kind": {"training": 3, "metrics": 1},
         "epsilon_spent": 1.5,
+        "epsilon_spent_at_most": 1.6,
         "epsilon": 2.0,
     }
     (federation.office / "status.json").write_text(json.dumps(status))
     shown = call(main, ["status", federation.office / "server.toml"])
     as_json = call(main, ["status", federation.office / "server.toml", "--json"])
-    assert "round 4 of 4" in shown.out and "not running" in shown.out
+    assert "round 4 of 4 (3 of training, 1 of metrics)" in shown.out and "not running" in shown.out
+    assert "epsilon spent 1.5 of 2\n" in shown.out and "first attempt" in shown.out
+    assert "medfed-server run" not in shown.out
     assert json.loads(as_json.out)["running"] is False
+
+
+def test_status_of_a_run_that_was_killed_says_how_to_go_on_and_what_is_spent_exactly(federation):
+    study = load_study(FILES, federation.study)
+    plan = make_plan(study, 3)
+    status = {
+        "study": "Trial 1",
+        "study_sha256": study.hash().hex(),
+        "what": "round 3, attempt 2",
+        "failed": None,
+        "updated": 1.0,
+        "round": 2,
+        "rounds": 4,
+        "rounds_by_kind": {"training": 4},
+        "attempts_used": 2,
+        "attempts": 5,
+        "epsilon_spent": None,
+        "epsilon_spent_at_most": plan.running_epsilon(2),
+        "epsilon": plan.epsilon,
+    }
+    (federation.office / "status.json").write_text(json.dumps(status))
+    told = json.loads(call(main, ["status", federation.office / "server.toml", "--json"]).out)
+    assert told["epsilon_spent"] == plan.epsilon_after(2) < told["epsilon_spent_at_most"]
+    assert "medfed-server run" in call(main, ["status", federation.office / "server.toml"]).out
+    assert read_status(federation.office / "server.toml", system_seams(), exact=False)["epsilon_spent"] is None
+    change_study(federation, "study", name="Another")
+    shown = call(main, ["status", federation.office / "server.toml"]).out
+    assert "epsilon spent at most" in shown
+
+
+def test_study_with_a_delta_that_a_hospital_would_refuse_is_not_planned(federation):
+    listing = federation.listing()
+    large = option(new_arguments(federation), "--delta", "0.009")  # 12 patients are declared
+    outcome = call(main, [*large, "--replace"])
+    assert outcome.status == ExitStatus.POLICY
+    assert outcome.err.startswith("MF-131 delta 0.009 exceeds a tenth of 1 in 12 patients")
+    assert federation.listing() == listing
+    change_study(federation, "privacy", delta=0.009)
+    check_refusal(federation, main, ["study", "check", federation.study], 131, 3)
+
+
+def test_decision_that_no_study_may_have_is_said_in_plain_words(federation):
+    outcome = call(main, option([*new_arguments(federation), "--replace"], "--epsilon", "-1"))
+    assert "epsilon must be above 0, not -1" in outcome.err
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -252,7 +309,7 @@ BAD_PLANS = {
     "name": ({"--name": "../other"}, None, 203, 2),
     "past": ({"--expires": "2020-01-01"}, None, 203, 2),
     "no date": ({"--expires": "tomorrow"}, None, 203, 2),
-    "no task": ({"--task": "lung-cancer"}, None, 606, 6),
+    "no task": ({"--task": "lung-cancer"}, None, 203, 2),
     "task with a seed": ({}, _task("sampling_rate", "seed = 1\nsampling_rate"), 202, 2),
     "task with a loss over the batch": ({}, _task("classes = 2", 'classes = 2\nloss = "cox"'), 160, 3),
     "task misspelled": ({}, _task("spare_attempts", "spare_atempts"), 202, 2),
@@ -293,7 +350,7 @@ def _directory_for_study(federation):
 
 BAD_STUDIES = {
     "missing": (lambda f: f.study.unlink(), 606, 6),
-    "directory": (_directory_for_study, 204, 3),
+    "directory": (_directory_for_study, 100, 2),
     "empty": (lambda f: f.study.write_text(""), 203, 2),
     "misspelled": (lambda f: edit(f.study, "epsilon =", "epsilom ="), 202, 2),
     "seed": (lambda f: edit(f.study, "delta =", "seed = 3\ndelta ="), 133, 3),
@@ -358,7 +415,7 @@ def test_run_with_bad_tls_files_opens_no_port(federation, spoil, code):
         (["status"], 606, 6),
         (["study"], 100, 2),
         (["study", "news"], 100, 2),
-        (["study", "show-task", "../setup"], 606, 6),
+        (["study", "show-task", "../setup"], 203, 2),
         (["run", "--seed", "1"], 701, 3),
         (["run", "--insecure"], 701, 3),
         (["study", "new", "--no-dp"], 701, 3),

@@ -34,11 +34,11 @@ class Clock:
 
 
 def mail_of(exchange, clock, loads):
-    def frame():
+    def frames(positions):
         loads.append(clock.now)
-        return b"frame"
+        return dict.fromkeys(positions, b"frame")
 
-    outgoing = Outgoing(frame, Kind.TRAIN, 3600.0)
+    outgoing = Outgoing(frames, Kind.TRAIN, 3600.0)
     return Mail(exchange, clock, Envelope(b"", (), 1), outgoing, str)
 
 

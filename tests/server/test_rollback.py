@@ -272,8 +272,8 @@ def test_locked_hospital_refuses_whatever_it_is_asked(restored: Backups) -> None
     state = world.assignment.first
     requests = [
         SetupRequest(world.study_hash, bytes(16), ()),
-        RoundRequest(world.study_hash, bytes(16), bytes(16), 3, state.completed_rounds, bytes(32), (), (), b""),
-        Finish(world.study_hash, bytes(16), 3, bytes(32), (), b"", bytes(64), b""),
+        RoundRequest(world.study_hash, bytes(16), bytes(16), 3, state.completed_rounds, bytes(32), (), (), b"", b""),
+        Finish(world.study_hash, bytes(16), 3, bytes(32), (), b"", bytes(64), b"", b""),
     ]
     for request in requests:
         reply = opened(world.hospitals[BONN].handle(encode(request, world.assignment.identity)))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from medfed_test_post import Coordinator, Killed, Post, opened
 from numpy.typing import NDArray
 
 from medfed.advance import ModelState, released_weights, state_bytes, state_hash
@@ -19,12 +20,12 @@ from medfed.errors import EnvironmentFault, MedfedError, PrivacyError, ProtocolE
 from medfed.identity import Identity, verify
 from medfed.privacy.journal import check_journal
 from medfed.privacy.noise import discrete_gaussian
-from medfed.privacy.secagg.protocol import HEADER_BYTES, upload_signature_input
+from medfed.privacy.secagg.messages import upload_signature_input
+from medfed.privacy.secagg.protocol import HEADER_BYTES
 from medfed.privacy.statement import hospital_statement, parse_statement, sign_for_hospital
 from medfed.seams import SystemFiles
 from medfed.server.exchange import Kind, Reply
-from medfed.server.rounds import Rounds
-from medfed.server.store import Checkpoint, Store
+from medfed.server.store import Checkpoint
 from medfed.wire import (
     Finish,
     Finished,
@@ -36,7 +37,6 @@ from medfed.wire import (
     SetupRequest,
     StateTransfer,
     Upload,
-    decode,
     encode,
     state_statement,
 )
@@ -45,51 +45,6 @@ from medfed.witness import Head
 ROUNDS, ATTEMPTS = 3, 5
 EVERYBODY = range(4)
 STRANGER = Identity.from_seed(b"\x99" * 32)
-
-
-class Killed(BaseException):
-    """The process is gone."""
-
-
-def opened(frame: bytes) -> Message:
-    return decode(frame, vector_limit_bytes=1 << 16)
-
-
-class Post:
-    """The exchange: hands frames to real hospitals in this thread and keeps what travelled."""
-
-    def __init__(self, world) -> None:
-        self.world = world
-        self.offline: set[int] = set()
-        self.queue: list[tuple[int, bytes]] = []
-        self.sent: list[tuple[int, Kind, bytes]] = []
-        self.calls = 0
-
-    def online(self) -> frozenset[int]:
-        return frozenset(EVERYBODY) - self.offline
-
-    def send(self, position: int, kind: Kind, payload: bytes, timeout_s: float) -> None:
-        assert timeout_s > 0
-        self.calls += 1
-        self.sent.append((position, kind, payload))
-        self.queue.append((position, payload))
-
-    def receive(self) -> list[Reply]:
-        self.calls += 1
-        batch, self.queue = self.queue, []
-        return [reply for position, payload in batch for reply in self.deliver(position, payload)]
-
-    def deliver(self, position: int, payload: bytes) -> list[Reply]:
-        hospital = self.world.hospitals.get(position)
-        if hospital is None:
-            return [Reply(position, None, "expired")]
-        try:
-            return [Reply(position, hospital.handle(payload), None)]
-        except Killed:
-            self.world.start(position)
-            return []
-        except Exception as error:
-            return [Reply(position, None, type(error).__name__)]
 
 
 Change = Callable[[int, Message, bytes], list[bytes] | None]
@@ -109,31 +64,6 @@ class Meddler(Post):
             frames = self.change(position, opened(payload), reply.payload) if reply.payload else None
             changed += [reply] if frames is None else [Reply(position, frame, None) for frame in frames]
         return changed
-
-
-class Coordinator:
-    """One process of the coordinator, to be thrown away and started again over the same folder."""
-
-    def __init__(self, world, post: Post, observe: Callable[[Checkpoint, str], None] | None = None) -> None:
-        self.world = world
-        self.post = post
-        self.told: list[str] = []
-        self.observe = observe
-        self.rounds = self.start()
-
-    def start(self) -> Rounds:
-        world = self.world
-        store = Store(world.base.files, world.run_folder, world.study, world.assignment.plan.words)
-        self.rounds = Rounds(world.assignment, self.post, store, world.seams_of("coordinator"), self._told)
-        return self.rounds
-
-    def _told(self, checkpoint: Checkpoint, what: str) -> None:
-        self.told.append(what)
-        if self.observe is not None:
-            self.observe(checkpoint, what)
-
-    def run(self) -> Checkpoint:
-        return self.rounds.run()
 
 
 @pytest.fixture
@@ -345,8 +275,10 @@ def test_hospital_that_approves_late_is_waited_for(started) -> None:
         refusal = Refusal(started.study_hash, request.session, 0xFFFF, int(Refused.NOT_APPROVED))
         return [encode(refusal, started.site(2).identity())]
 
-    check_end(started, Coordinator(started, Meddler(started, not_yet)).run())
+    coordinator = Coordinator(started, Meddler(started, not_yet))
+    check_end(started, coordinator.run())
     assert asked == 3
+    assert "waiting for Celle (has not approved the study)" in coordinator.told
 
 
 # ----------------------------------------------------------------------------------------------------- hospitals die
@@ -843,7 +775,7 @@ def test_record_of_a_run_with_lost_attempts_tells_each_hospitals_own(started) ->
     assert (record.said.attempts_used, record.said.attempts_approved) == (ROUNDS + 1, ATTEMPTS)
     charged = [record.signed[position].attempts_charged for position in EVERYBODY]
     assert charged == [started.charged(position) for position in EVERYBODY]
-    assert check_journal(record.journal, record.said, started.assignment.roster.identities) == 1
+    assert check_journal(record.journal, record.said, started.assignment.roster.identities).lost == 1
     lines = [json.loads(line)["kind"] for line in record.journal.splitlines()]
     assert lines == ["begin", "completed", "lost", "completed", "completed", "end"]
 

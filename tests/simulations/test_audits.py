@@ -34,10 +34,11 @@ from medfed.simulations.audits.real_path import RealPath, Shape, audited_study
 from medfed.simulations.audits.setting import Setting
 from medfed.simulations.cli import main
 from medfed.simulations.threads import one_torch_thread
+from medfed.study import Cohort
 
 LOCAL = mechanism.cases(2.0, quick=True)[0]
 SHARES = mechanism.cases(2.0, quick=True)[1]
-SAMPLED = mechanism.cases(2.0, quick=False)[2]
+SAMPLED, RECOVERED = mechanism.cases(2.0, quick=False)[2:]
 
 
 @pytest.fixture(autouse=True)
@@ -208,6 +209,12 @@ def everybody_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "poisson_mask", lambda key, population, rate: np.ones(population, np.bool_))
 
 
+def noise_of_drop_outs_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shares sized as if nobody could drop out."""
+    everybody = property(lambda cohort: cohort.hospitals - cohort.colluders)
+    monkeypatch.setattr(Cohort, "honest_survivors", everybody)
+
+
 def seldom_fresh(noise: np.ndarray, key: bytes, sd: float) -> np.ndarray:
     """One draw for all attempts of a hospital."""
     return discrete_gaussian(key[:1] * 32, sd, len(noise))
@@ -232,6 +239,7 @@ PLANTED = {
     "noise is seeded": (LOCAL, planted_noise(seldom_fresh)),
     "a word in four has no noise": (LOCAL, planted_noise(one_word_bare)),
     "words share their noise": (LOCAL, planted_noise(one_draw_for_words)),
+    "noise of drop-outs counted on": (RECOVERED, noise_of_drop_outs_counted),
     "no mask": (SHARES, without_masks),
     "one pad for all attempts": (SHARES, same_pad_again),
     "clipped to twice the norm": (LOCAL, unclipped_patients),
@@ -248,7 +256,7 @@ def test_mechanism_audit_catches_planted(name: str, monkeypatch: pytest.MonkeyPa
     assert small_verdict(shape)[0]
 
 
-@pytest.mark.parametrize("shape", [LOCAL, SHARES, SAMPLED])
+@pytest.mark.parametrize("shape", [LOCAL, SHARES, SAMPLED, RECOVERED])
 def test_mechanism_audit_of_few_draws_finds_nothing_in_sound_code(shape: Shape) -> None:
     assert small_verdict(shape)[0] == ""
 
@@ -321,7 +329,7 @@ def test_audit_command_fails_once_all_is_told(key: str, code: str, tmp_path, cap
     )
     assert main(["audit", "--only", "one-run", "--out", str(tmp_path / "out")]) == 4
     told = capsys.readouterr()
-    assert told.err.startswith(code)
+    assert told.err.splitlines()[-1].startswith(code)  # after the log
     assert "the thing found" in told.err
     assert "the thing found" in told.out
     assert json.loads((tmp_path / "out" / "result.json").read_text())["one_run"] == result

@@ -74,8 +74,10 @@ def _recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[R
         hospitals = [stack.enter_context(open_hospital(site, discrete_gaussian)) for site in sites]
         recorder = Recorder([hospital.handle for hospital in hospitals])
 
-        def quantize(vector: NDArray[np.float64], exponent: int, bound: int) -> NDArray[np.int64]:
-            words = true_quantize(vector, exponent, bound)
+        def quantize(
+            vector: NDArray[np.float64], exponent: int, bound: int, out: NDArray[np.int64]
+        ) -> NDArray[np.int64]:
+            words = true_quantize(vector, exponent, bound, out)
             recorder.clipped.append(words.copy())  # the noise is added in place
             return words
 

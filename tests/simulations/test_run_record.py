@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from medfed.client import run_checks
 from medfed.client.cli import main
 from medfed.client.setup import open_site
 from medfed.client.verify import Verification, verify
 from medfed.identity import load_identity
+from medfed.privacy.page import page
 from medfed.privacy.statement import (
     PrivacyFile,
     SignedByHospital,
@@ -187,7 +189,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     before = json.dumps(file)
     change(file)
     assert json.dumps(file) != before
-    path.write_text(json.dumps(file))
+    path.write_text(json.dumps(file, indent=1) + "\n")
 
 
 @pytest.mark.parametrize("field", _FIELDS)
@@ -281,6 +283,19 @@ _FOLDERS: dict[str, Callable[[Path], None]] = {
         "roster.json", lambda data: data.replace(b'identity": "', b'identity": "00', 1)
     ),
     "roster is a list": _edited("roster.json", lambda data: b"[]"),
+    "another survivor in the journal": _edited("journal.jsonl", lambda data: data.replace(b"[0,1,2,3]", b"[0,1,3]", 1)),
+    "no study.toml": lambda folder: (folder / "study.toml").unlink(),
+    "epsilon twice": _edited("privacy.json", lambda data: data.replace(b"{", b'{\n "epsilon": 0.01,', 1)),
+    "charges twice": _edited(
+        "privacy.json", lambda data: data.replace(b'"attempts_charged"', b'"attempts_charged": 1, "attempts_charged"')
+    ),
+    "a blank in the statement": _edited("privacy.json", lambda data: data.replace(b": ", b":  ", 1)),
+    "coordinator twice": _edited(
+        "roster.json", lambda data: data.replace(b"{", b'{\n "coordinator": "%s",' % (b"00" * 32), 1)
+    ),
+    "a hospital's name twice": _edited(
+        "roster.json", lambda data: data.replace(b'"hospital":', b'"hospital": "St Mary", "hospital":')
+    ),
     "statement is a list": _edited("privacy.json", lambda data: b"[]"),
     "statement is no JSON": _edited("privacy.json", lambda data: data[:-5]),
 }
@@ -296,6 +311,54 @@ def test_page_that_says_something_else_is_refused(copy: Path) -> None:
     _edited("privacy.md", lambda data: data + b"Epsilon is really 0.1.\n")(copy)
     found = verify(FILES, copy, None)
     assert [check["check"] for check in found["checks"] if not check["holds"]] == ["page"]
+
+
+def test_page_of_another_medfed_is_not_said_to_hold(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its wording may be another: nothing is known of it, and that is said."""
+    (copy / "privacy.md").write_text("# Epsilon is 0.0001, signed by all\n")
+    assert failed(verify(FILES, copy, None)) == set()
+    monkeypatch.setattr(run_checks, "__version__", "99.0")
+    found = verify(FILES, copy, None)
+    assert found["verified"]
+    assert [check["holds"] for check in found["checks"] if check["check"] == "page"] == [None]
+    assert "privacy.md" not in found["covers"]
+    assert main(["verify", str(copy)]) == 0
+    said = capsys.readouterr().out
+    assert "NOT CHECKED  page" in said
+    assert f"{len(found['checks']) - 1} of {len(found['checks'])} checks hold" in said
+
+
+def test_what_nobody_signed_is_named(made: Made, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``report.md`` and ``result.json`` may say anything."""
+    (copy / "result.json").write_text('{"epsilon": 0.01}')
+    assert verify(FILES, copy, None)["covers"] == [
+        "privacy.json",
+        "study.json",
+        "roster.json",
+        "model.safetensors",
+        "privacy.md",
+        "study.toml",
+        "journal.jsonl",
+    ]
+    assert main(["verify", str(copy)]) == 0
+    assert "report.md or result.json, nobody signed" in capsys.readouterr().out
+    assert "signed by nobody" in (made.run / "report.md").read_text()
+
+
+def test_stamps_are_the_coordinators_word(made: Made, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    resign(made, copy, lambda said: {"stamps": ["certified by the ministry"]})
+    (copy / "privacy.md").write_text(page(read(copy), load_roster(FILES, copy / "roster.json")))
+    assert main(["verify", str(copy)]) == 0
+    said = capsys.readouterr().out
+    assert "stamped certified by the ministry, by the coordinator's word" in said
+    assert "[certified by the ministry] (the coordinator's word)" in said
+    assert "**certified by the ministry** (the coordinator's word)" in (copy / "privacy.md").read_text()
+
+
+def read(folder: Path) -> PrivacyFile:
+    return PrivacyFile.model_validate_json((folder / "privacy.json").read_bytes())
 
 
 def resign(made: Made, folder: Path, change: Callable[[Statement], dict[str, object]]) -> None:
@@ -340,6 +403,7 @@ _LIES: dict[str, Callable[[Statement], dict[str, object]]] = {
     "unit": lambda said: {"unit": "record"},
     "mode": lambda said: {"mode": "distributed"},
     "colluders": lambda said: {"colluders": said.colluders + 1},
+    "fewest survivors": lambda said: {"fewest_survivors": said.fewest_survivors - 1},
     "cohort": lambda said: {"cohort": said.cohort + 1},
     "excess noise": lambda said: {"excess_noise": said.excess_noise + 1},
     "attempts approved": lambda said: {"attempts_approved": said.attempts_approved + 1},
@@ -401,7 +465,7 @@ def test_hospitals_own_copy_is_verified_beside_its_ledger_only(made: Made) -> No
     folder, config = str(own_copy(made, "Celle")), made.parties / "Celle" / "hospital.toml"
     assert main(["verify", folder, "--config", str(config)]) == 0
     assert main(["verify", folder, "--config", str(made.parties / "Bonn" / "hospital.toml")]) == 4
-    assert failed(verify(FILES, Path(folder), None)) == {"signatures", "journal"}
+    assert failed(verify(FILES, Path(folder), None)) == {"study", "signatures", "journal"}
 
 
 def test_hospital_of_another_run_checks_what_anybody_can(made: Made, make_run: MakeRun) -> None:
@@ -439,4 +503,4 @@ def test_verify_says_what_fails_and_how_it_ends(copy: Path, capsys: pytest.Captu
     assert said.err.startswith("MF-194 ")
     assert main(["verify", str(copy), "--json"]) == 4
     assert json.loads(capsys.readouterr().out)["verified"] is False
-    assert main(["verify", str(copy / "nothing")]) == 4
+    assert main(["verify", str(copy / "nothing")]) == 2

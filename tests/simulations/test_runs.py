@@ -15,6 +15,7 @@ import medfed.client.local_steps
 import medfed.client.participation
 import medfed.server.mail
 import medfed.simulations.federation
+import medfed.simulations.runs as simulations_runs
 from medfed.client.verify import verify
 from medfed.errors import ConfigError, DataError, EnvironmentFault
 from medfed.seams import system_seams
@@ -26,6 +27,7 @@ from medfed.simulations.evaluation import evaluate_run
 from medfed.simulations.outcome import score_cohort
 from medfed.simulations.quiet import quiet_parties
 from medfed.simulations.rehearsal import rehearse
+from medfed.simulations.run_folder import new_run_folder
 from medfed.simulations.runs import federation_result
 from medfed.study import load_study
 
@@ -210,6 +212,58 @@ def test_run_without_noise_is_stamped_everywhere(quick_folder, capsys):
     assert (out / "study.toml").read_text().startswith("# simulation")
     assert "# NOT PRIVATE: no noise" in (out / "study.toml").read_text()
     assert not (out / "epsilon_by_attempt.png").exists()
+
+
+def test_run_without_noise_claims_no_signature_and_without_baseline_no_model(quick_folder, capsys):
+    assert main([*SHORT, "--epsilon", "none", "--no-baseline", "--out", str(quick_folder / "bare2")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "nobody signed it" in said and "verify" not in said
+    assert "no model was trained to compare with" in said and "not trained, the same model" not in said
+
+
+def test_run_with_metrics_says_what_each_kind_of_attempt_and_patient_costs(quick_folder, capsys):
+    out = quick_folder / "metrics"
+    assert main([*SHORT, "--metrics", "--no-baseline", "--seed", "4", "--out", str(out)]) == 0
+    said, report = " ".join(capsys.readouterr().out.split()), (out / "report.md").read_text()
+    study = load_study(system_seams().files, out / "study.toml")
+    spares = study.training.spare_attempts
+    for text in (said, " ".join(report.split())):
+        asked = f"2 rounds, {spares} spare attempt{'s' if spares > 1 else ''} and 2 attempts at the metrics"
+        assert asked in text
+        assert "of a patient who trains" in text and "one held out for the metrics" in text
+        assert "rounds that may be lost" not in text
+    result = json.loads((out / "result.json").read_text())
+    assert (result["rounds"], result["released_sums"], result["attempts"]) == (2, 3, 3)
+
+
+def test_run_shows_epsilon_as_it_is_not_a_bound_that_jumps(finished):
+    outcome = finished.outcomes[0]
+    plan, shown = outcome.assignment.plan, outcome.epsilon_by_attempt()
+    assert shown[outcome.checkpoint.last_attempt] == plan.epsilon_after(outcome.checkpoint.last_attempt)
+    assert shown[outcome.checkpoint.last_attempt] == finished.result.epsilon_spent
+    assert list(shown.values()) == sorted(shown.values())
+    assert list(shown)[-1] == plan.attempts and shown[plan.attempts] == plan.epsilon
+
+
+def test_run_folder_in_the_place_of_another_says_which_it_replaces(copy, tmp_path, caplog):
+    caplog.set_level("INFO")
+    os.utime(copy / "result.json", (1_700_000_000, 1_700_000_000))
+    with new_run_folder(copy, system_seams()):
+        pass
+    with new_run_folder(tmp_path / "fresh", system_seams()):
+        pass
+    assert [record.message for record in caplog.records] == [
+        "run: replaces the run of 2023-11-14 22:13 UTC there, once this one is complete"
+    ]
+
+
+def test_interrupted_simulation_does_not_say_that_it_can_be_resumed(monkeypatch, capsys):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(simulations_runs, "simulate", interrupt)
+    assert main(SHORT) == 130
+    assert capsys.readouterr().err == "interrupted; nothing was kept\n"
 
 
 def test_run_json_is_the_result_file(quick_folder, capsys):

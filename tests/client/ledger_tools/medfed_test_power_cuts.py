@@ -12,13 +12,14 @@ from pathlib import Path
 
 from medfed_test_disk import Disk, Event, Instead, Recorder
 
-from medfed.client.ledger import Approval, Caps, Entry, Ledger
+from medfed.client.ledger import Approval, Caps, Entry, Ledger, PatientIds
 from medfed.errors import MedfedError
 from medfed.identity import Identity
 from medfed.privacy.accounting import Mechanism
 from medfed.seams import SystemFiles
 
 IDENTITY = Identity.from_seed(bytes(31) + b"\5")
+IDS = PatientIds(bytes(32), "patient")
 CAPS = Caps(max_epsilon_study=100.0, max_epsilon_lifetime=100.0, lifetime_delta=1e-5)
 MECHANISM = Mechanism(sampling_rate=1.0, sigma=1e6, shares=1, sensitivity=1000.0, dimensions=10)
 LEDGER = "ledger.db"
@@ -49,7 +50,7 @@ def digest(*parts: object) -> bytes:
 
 
 def approval(name: str) -> Approval:
-    return Approval(digest(name), name, bytes(32), bytes(32), MECHANISM, 50, 1e-5, 100, (), 0.0)
+    return Approval(digest(name), name, bytes(32), bytes(32), MECHANISM, 50, 1e-5, 100, (), 0.0, IDS)
 
 
 # ------------------------------------------------------------------------------------------------------------- spending

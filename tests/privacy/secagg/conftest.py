@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from medfed.identity import Identity
 from medfed.privacy.secagg.aggregator import Aggregator
 from medfed.privacy.secagg.party import MaskedUpload, Party
-from medfed.privacy.secagg.protocol import SecaggConfig
+from medfed.privacy.secagg.protocol import AggregatorConfig, SecaggConfig
 
 CONFIG_HASH, ROSTER_HASH, TASK = (hashlib.sha256(name).digest() for name in (b"config", b"roster", b"task"))
 
@@ -27,10 +27,21 @@ class SeededEntropy:
 
 
 class Federation:
-    """n parties and one aggregator; ``identities`` and everything else follow from ``seed``."""
+    """n parties and one aggregator; ``identities`` and everything else follow from ``seed``.
 
-    def __init__(self, hospitals: int = 4, words: int = 64, ring_bits: int = 32, seed: str = "federation") -> None:
-        self.seed, self.words, self.ring_bits = seed, words, ring_bits
+    ``fewest``: of survivors; 0 for all, which is strict mode.
+    """
+
+    def __init__(
+        self,
+        hospitals: int = 4,
+        words: int = 64,
+        ring_bits: int = 32,
+        seed: str = "federation",
+        fewest: int = 0,
+        colluders: int = 1,
+    ) -> None:
+        self.seed, self.words, self.ring_bits, self.fewest, self.colluders = seed, words, ring_bits, fewest, colluders
         self.identities = [
             Identity.from_seed(hashlib.sha256(f"{seed}/identity/{position}".encode()).digest())
             for position in range(hospitals)
@@ -40,7 +51,10 @@ class Federation:
 
     def config(self, position: int, identities: Sequence[bytes] | None = None) -> SecaggConfig:
         public = tuple(identity.public for identity in self.identities) if identities is None else tuple(identities)
-        return SecaggConfig(CONFIG_HASH, ROSTER_HASH, position, public, 1, self.words, self.ring_bits)
+        shared = AggregatorConfig(
+            CONFIG_HASH, ROSTER_HASH, public, self.colluders, self.words, self.ring_bits, self.fewest
+        )
+        return SecaggConfig(shared, position)
 
     def new_party(self, position: int, identities: Sequence[bytes] | None = None, salt: str = "") -> Party:
         entropy = SeededEntropy(f"{self.seed}/{position}/{salt}")
@@ -59,7 +73,29 @@ class Federation:
             party.open_round(attempt, task)
 
     def mask_all(self, vectors: Sequence[NDArray[np.int64]]) -> list[MaskedUpload]:
-        return [party.mask(vector) for party, vector in zip(self.parties, vectors, strict=True)]
+        """Copies of the uploads: the parties' own are views that end with the round."""
+        masked = [party.mask(vector) for party, vector in zip(self.parties, vectors, strict=True)]
+        return [MaskedUpload(each.pad_id, (each.payload,)) for each in masked]
+
+    def upload(self, vectors: Sequence[NDArray[np.int64]], lost: Sequence[int] = ()) -> None:
+        """All mask; what ``lost`` hospitals send never arrives."""
+        for position, masked in enumerate(self.mask_all(vectors)):
+            if position not in lost:
+                self.aggregator.add_upload(masked.payload)
+
+    def open_sum(self) -> tuple[int, ...]:
+        """Freeze, vote if somebody is missing, release: the survivors, whose sum is then open."""
+        survivors = self.aggregator.freeze()
+        if len(survivors) < len(self.parties):
+            for position in survivors:
+                self.aggregator.add_vote(position, self.parties[position].vote(survivors))
+        for position in survivors:
+            self.aggregator.add_release(position, self.release(position))
+        return survivors
+
+    def release(self, position: int) -> bytes:
+        survivors, votes = self.aggregator.survivors, self.aggregator.certificate()
+        return self.parties[position].release(survivors, votes, self.aggregator.boxes_for(position))
 
     def close_round(self) -> None:
         for party in self.parties:
@@ -86,7 +122,7 @@ MakeFederation = Callable[..., Federation]
 
 @pytest.fixture(scope="session")
 def federation() -> MakeFederation:
-    """Builds a federation: ``federation(hospitals, words, ring_bits, seed)``."""
+    """Builds a federation: ``federation(hospitals, words, ring_bits, seed, fewest, colluders)``."""
     return Federation
 
 

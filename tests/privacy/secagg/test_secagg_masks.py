@@ -1,5 +1,7 @@
 """Pads: both backends agree at every edge, masks cancel, masked words look uniform."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -64,9 +66,33 @@ def test_masker_used_again_leaves_nothing_of_the_round_before():
     assert not any(masker._pad)
 
 
+@pytest.mark.parametrize("ring_bits", [16, 32])
+def test_masker_pads_taken_off_leave_the_vector(ring_bits):
+    masker, streams, signs = Masker(ring_bits, 256), [stream(i) for i in range(3)], [1, -1, 1]
+    masked = zeros(1001, ring_bits)
+    vector = np.arange(1001, dtype=np.int64) - 500
+    masker.mask_into(masked, vector, streams, signs)
+    masker.add_pads(masked, streams[:2], [-1, 1])
+    assert masked.tolist() == ((vector + pad_words(streams[2], 0, 1001, ring_bits)) % 2**ring_bits).tolist()
+    masker.add_pads(masked, streams[2:], [-1])
+    assert masked.tolist() == (vector % 2**ring_bits).tolist()
+
+
 def test_masker_lengths_differ_refused():
     with pytest.raises(LocalProtocolError, match="MF-180"):
         Masker(32).mask_into(zeros(3, 32), np.zeros(4, np.int64), [], [])
+    with pytest.raises(LocalProtocolError, match="MF-180"):
+        Masker(32).add_pads(zeros(3, 32), [stream(1)], [1, -1])
+
+
+def test_masker_scratch_memory_does_not_grow_with_the_vector():
+    masked, vector = zeros(1_000_000, 32), np.zeros(1_000_000, np.int64)
+    tracemalloc.start()
+    try:
+        Masker(32).mask_into(masked, vector, [stream(1), stream(2)], [1, -1])
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("ring_bits", [16, 32])
@@ -106,8 +132,8 @@ def test_upload_is_random(federation, task):
         party, choice = fed.parties[0], attempt % 2
         party.open_round(attempt, task)
         upload = party.mask(candidates[choice])
-        party.close_round()
         masked[choice].append(fed.words_of(upload.payload) @ direction)
+        party.close_round()
         plain[choice].append(candidates[choice] @ direction)
     assert abs(area_under_curve(*masked) - 0.5) < 0.02
     assert area_under_curve(*plain) == 1.0

@@ -1,38 +1,25 @@
-"""Sessions: exact sums, the two tables of moves, misuse, restart of the coordinator."""
+"""Sessions of hospitals and a coordinator: exact sums, misuse, repeats, restarts, and what is forgotten.
+
+The tables of moves are in ``test_secagg_moves``, drop-outs and liars in ``test_secagg_recovery``.
+"""
 
 import copy
 import itertools
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medfed.errors import ConfigError, LocalProtocolError, PrivacyError, ProtocolError, RemoteProtocolError
-from medfed.privacy.secagg import aggregator as coordinator
+from medfed.errors import ConfigError, LocalProtocolError, PrivacyError, RemoteProtocolError
 from medfed.privacy.secagg import party as hospital
 from medfed.privacy.secagg.aggregator import Aggregator
-from medfed.privacy.secagg.protocol import SecaggConfig, Thresholds, derive_thresholds, parse_offer
-from medfed.privacy.secagg.transitions import (
-    AGGREGATOR_TABLE,
-    PARTY_TABLE,
-    AggregatorPhase,
-    Begin,
-    Certificate,
-    Close,
-    CloseReason,
-    Fast,
-    Masked,
-    Offered,
-    Offers,
-    PartyPhase,
-    Round,
-    Send,
-    Survivors,
-    Uploaded,
-    Vector,
-)
+from medfed.privacy.secagg.messages import parse_offer
+from medfed.privacy.secagg.party import mask_entropy_bytes
+from medfed.privacy.secagg.protocol import Cohort, SecaggConfig, Thresholds, derive_thresholds, least_survivors
+from medfed.privacy.secagg.transitions import CloseReason, Masked, PartyPhase, Round, SendVector, Vector
 
 REPEATABLE = settings(deadline=None, derandomize=True)
 
@@ -59,7 +46,7 @@ def test_session_several_rounds_gives_each_sum_and_fresh_pads(federation):
         fed.open_round(attempt)
         uploads = fed.mask_all([np.full(300, position) for position in range(4)])
         for upload in uploads:
-            assert len(upload.payload) == fed.config(0).shared.upload_bytes
+            assert len(upload.payload) == fed.parties[0].cohort.upload_bytes
             fed.aggregator.add_upload(upload.payload)
         assert (fed.aggregator.total() == 6).all()
         fed.close_round()
@@ -194,7 +181,7 @@ def test_add_offer_restarted_hospital_needs_new_setup(federation):
     fed = federation()
     assert fed.aggregator.add_offer(fed.parties[2].offer()) == 2
     assert fed.aggregator.add_offer(fed.parties[2].offer()) == 2
-    assert fed.aggregator.missing_offers == {0, 1, 3}
+    assert fed.aggregator.offered == {2}
     with pytest.raises(RemoteProtocolError, match="MF-183"):
         fed.aggregator.add_offer(fed.new_party(2, salt="restarted").offer())
     with pytest.raises(LocalProtocolError, match="MF-104"):
@@ -222,17 +209,6 @@ def test_party_pickled_or_copied_refused(federation, duplicate):
             duplicate(secret)
 
 
-def test_party_close_erases_words_and_context(federation, task):
-    fed = federation().set_up()
-    party = fed.parties[0]
-    party.open_round(1, task)
-    party.mask(fed.vectors()[0])
-    party.close_round()
-    assert party._state.context == b""
-    assert party._state.private == b""
-    assert not party._words.any()
-
-
 def test_party_close_without_a_round_changes_nothing(federation, task):
     fed = federation()
     party = fed.parties[0]
@@ -246,134 +222,61 @@ def test_party_close_without_a_round_changes_nothing(federation, task):
     assert party.phase is PartyPhase.TRAINING
 
 
-def test_party_repr_and_effects_hold_no_secret(federation, task):
-    fed = federation().set_up()
+@pytest.mark.parametrize("fewest", [4, 5])
+def test_party_repr_and_effects_hold_no_secret(federation, task, fewest):
+    fed = federation(5, fewest=fewest).set_up()
     state = fed.parties[0]._state
+    entropy = bytes(range(100, 100 + mask_entropy_bytes(state.cohort)))
     state, _ = hospital.step(state, Round(1, task), entropy=b"", now=0.0)
-    masking, effects = hospital.step(state, Vector(64), entropy=b"", now=0.0)
+    masking, effects = hospital.step(state, Vector(64), entropy=entropy, now=0.0)
     uploaded, sent = hospital.step(masking, Masked(bytes(32)), entropy=b"", now=0.0)
-    secrets = [*state.roots, *effects[0].streams]
+    secrets = [*state.roots.values(), *effects[0].streams, *filter(None, [entropy[:32]])]
+    assert len(secrets) == 4 + len(effects[0].streams) + (fewest == 4)
     for secret in secrets:
-        assert repr(secret) not in repr((state, effects, uploaded, sent))
-        assert all(secret not in effect.head + effect.signed for effect in sent if isinstance(effect, Send))
+        assert repr(secret) not in repr((state, masking, effects, uploaded, sent))
+        assert all(secret not in one.head + one.tail + one.signed for one in sent if isinstance(one, SendVector))
 
 
-# ------------------------------------------------------------------------------------------------------------ tables of moves
+@pytest.mark.parametrize("fewest", [4, 5])
+@pytest.mark.parametrize("ending", ["uploaded", "released", "aborted in training"])
+def test_party_close_leaves_nothing_of_the_round(federation, task, fewest, ending):
+    """After it the state is what it was before the round, but for the attempt's number; buffers are zeros."""
+    fed = federation(5, fewest=fewest).set_up()
+    party = fed.parties[0]
+    before = party._state
+    if ending == "aborted in training":
+        party.open_round(1, task)
+    else:
+        fed.open_round(1)
+        fed.upload(fed.vectors())
+    if ending == "released" and fewest == 4:
+        fed.open_sum()
+    assert party._state.context
+    party.close_round()
+    for name in type(before).__dataclass_fields__:
+        wanted = 1 if name == "highest_attempt" else getattr(before, name)
+        assert getattr(party._state, name) == wanted
+    assert party._state.private == b""
+    assert not party._words.any()
+    assert not any(party._masker._pad)
 
 
-def party_states(fed, task):
-    """One state for each phase; recovery's are made up, as strict mode never gets there."""
-    party = fed.new_party(0)
-    states = {PartyPhase.NEW: party._state}
-    for move in (
-        party.offer,
-        lambda: party.accept(fed.aggregator.offers()),
-        lambda: party.open_round(1, task),
-        lambda: party._step(Vector(fed.words)),
-        lambda: party._step(Masked(bytes(32))),
-    ):
-        move()
-        states[party.phase] = party._state
-    for phase in (PartyPhase.VOTED, PartyPhase.RELEASED):
-        states[phase] = hospital.replace(states[PartyPhase.UPLOADED], phase=phase)
-    return states
-
-
-def party_events(fed, task):
-    offers = fed.aggregator.offers()
-    closes = [Close(reason) for reason in CloseReason]
-    ask = [Fast(), Survivors((0, 1, 2, 3)), Certificate((0, 1, 2, 3))]
-    return [Begin(), Offers(offers), Round(2, task), Vector(fed.words), Masked(bytes(32)), *ask, *closes]
-
-
-def test_party_table_every_pair_moves_as_listed_or_raises_intact(federation, task):
-    fed = federation().set_up()
-    states, moves = party_states(fed, task), 0
-    assert set(states) == set(PartyPhase)
-    for state, event in itertools.product(states.values(), party_events(fed, task)):
-        before = repr(state)
-        entropy = bytes(range(64)) if isinstance(event, Begin) else b""
-        listed = PARTY_TABLE.get((state.phase, type(event)))
-        try:
-            after, effects = hospital.step(state, event, entropy=entropy, now=0.0)
-        except ProtocolError as error:
-            assert error.code == 104
-            assert listed is None or isinstance(event, Fast | Survivors | Certificate)
-        else:
-            moves += 1
-            assert listed is not None
-            assert after.phase in listed
-            assert not any(isinstance(effect, Send) for effect in effects) or isinstance(event, Begin | Masked)
-        assert repr(state) == before
-    assert moves == 1 + 7 + 1 + 1 + 1 + 6 * 3  # Begin, Offers, Round, Vector, Masked, Close for three reasons
-
-
-@pytest.mark.parametrize("depth", [5])
-def test_party_any_order_of_events_uploads_once_an_attempt_and_releases_never(federation, task, depth):
-    """All sequences of events from READY: never a second ``Send`` for one attempt, never VOTED or RELEASED."""
-    fed = federation().set_up()
-    events = [
-        Round(1, task),
-        Round(2, task),
-        Vector(fed.words),
-        Masked(bytes(32)),
-        Fast(),
-        Survivors((0,)),
-        Close(CloseReason.ABORT),
-    ]
-    seen = 0
-    frontier = [(fed.parties[0]._state, ())]
-    for _ in range(depth):
-        following = []
-        for (state, sent), event in itertools.product(frontier, events):
-            try:
-                after, effects = hospital.step(state, event, entropy=b"", now=0.0)
-            except ProtocolError:
-                continue
-            assert after.phase not in (PartyPhase.VOTED, PartyPhase.RELEASED)
-            now_sent = sent + tuple(after.highest_attempt for effect in effects if isinstance(effect, Send))
-            assert len(set(now_sent)) == len(now_sent)
-            seen += len(now_sent) > len(sent)
-            following.append((after, now_sent))
-        frontier = following
-    assert seen > 0
-
-
-def test_aggregator_table_every_pair_moves_as_listed_or_raises_intact(federation, task):
-    fed = federation().set_up()
+def test_party_keeps_no_self_mask_once_it_is_uploaded(federation):
+    """Nor a share of it that it could give away: its own boxes are closed for the others, and it has none."""
+    fed = federation(5, fewest=4).set_up()
+    drawn = []
+    draw = fed.parties[0]._entropy.draw
+    fed.parties[0]._entropy.draw = lambda *request: drawn.append(draw(*request)) or drawn[-1]
     fed.open_round(1)
-    uploads = fed.mask_all(fed.vectors())
-    opened = fed.aggregator._state
-    partly = opened
-    for upload in uploads[:3]:
-        partly, _ = coordinator.step(partly, Uploaded(upload.payload), entropy=b"", now=0.0)
-    done, _ = coordinator.step(partly, Uploaded(uploads[3].payload), entropy=b"", now=0.0)
-    states = {
-        AggregatorPhase.OFFERS: coordinator.new_state(opened.config),
-        AggregatorPhase.READY: Aggregator.from_offers(opened.config, fed.aggregator.offers())._state,
-        AggregatorPhase.OPEN: partly,
-        AggregatorPhase.DONE: done,
-        AggregatorPhase.FAILED: coordinator.step(partly, Close(CloseReason.DEADLINE), entropy=b"", now=0.0)[0],
-        AggregatorPhase.VOTING: coordinator.replace(partly, phase=AggregatorPhase.VOTING),
-        AggregatorPhase.RELEASING: coordinator.replace(partly, phase=AggregatorPhase.RELEASING),
-    }
-    assert set(states) == set(AggregatorPhase)
-    events = [Offered(fed.aggregator.offers()[0]), Round(2, task), Uploaded(uploads[3].payload), Close(CloseReason.SUM)]
-    for state, event in itertools.product(states.values(), events):
-        before = repr(state)
-        listed = AGGREGATOR_TABLE.get((state.phase, type(event)))
-        if listed is None:
-            with pytest.raises(ProtocolError, match="MF-104"):
-                coordinator.step(state, event, entropy=b"", now=0.0)
-        else:
-            assert coordinator.step(state, event, entropy=b"", now=0.0)[0].phase in listed
-        assert repr(state) == before
+    fed.upload(fed.vectors())
+    held = b"".join(value for value in everything(fed.parties[0]._state) if isinstance(value, bytes))
+    pieces = [drawn[0][start : start + 32] for start in range(0, len(drawn[0]), 32)]
+    assert len(pieces) == 3
+    assert not any(piece in held for piece in pieces)
 
 
-def test_step_begin_with_too_little_entropy_refused(federation):
-    state = federation().new_party(0)._state
-    with pytest.raises(LocalProtocolError, match="MF-900"):
-        hospital.step(state, Begin(), entropy=bytes(63), now=0.0)
+def everything(state):
+    return [getattr(state, name) for name in type(state).__dataclass_fields__]
 
 
 # ----------------------------------------------------------------------------------------------------------------- parameters
@@ -383,21 +286,33 @@ def test_step_begin_with_too_little_entropy_refused(federation):
     ("hospitals", "colluders", "survivors"), [(3, 1, 3), (5, 1, 4), (10, 2, 7), (20, 4, 13), (100, 33, 68)]
 )
 def test_thresholds_equal_the_design_table(hospitals, colluders, survivors):
-    found = derive_thresholds(hospitals, colluders)
-    assert found.survivors == survivors
+    found = derive_thresholds(hospitals, colluders, 0)
+    assert found.survivors == survivors == least_survivors(hospitals, colluders)
     assert found.is_strict == (hospitals == 3)
 
 
 def test_thresholds_every_cohort_keeps_the_counting_argument():
-    for hospitals in range(3, 129):
-        for colluders in range(1, hospitals - 1):
-            found = derive_thresholds(hospitals, colluders)
+    for hospitals, colluders in ((n, c) for n in range(3, 129) for c in range(1, n - 1)):
+        for fewest in {colluders + 2, least_survivors(hospitals, colluders) + 1, hospitals - 1, hospitals}:
+            if fewest > hospitals:
+                continue
+            found = derive_thresholds(hospitals, colluders, fewest)
+            assert found.survivors >= fewest
             if found.is_strict:
                 assert found == Thresholds(hospitals, 0)
                 continue
             assert found.survivors + found.shares > hospitals + colluders
             assert colluders < found.shares <= found.survivors - 1
             assert 2 * found.survivors > hospitals + colluders
+
+
+def test_cohort_smaller_or_larger_than_agreed_refused(federation):
+    config = federation(6, fewest=5).config(0).shared
+    with pytest.raises(PrivacyError, match="MF-140"):
+        Cohort(config, (0, 1, 2, 3))
+    assert Cohort(config, (0, 1, 2, 3, 5)).is_strict
+    with pytest.raises(PrivacyError, match="MF-140"):
+        Cohort(replace(config, most_hospitals=5), tuple(range(6)))
 
 
 @pytest.mark.parametrize(
@@ -417,17 +332,19 @@ def test_thresholds_every_cohort_keeps_the_counting_argument():
         ({"words": 2**33 + 1}, 203),
         ({"config_hash": b"short"}, 203),
         ({"roster_hash": b""}, 203),
+        ({"fewest_survivors": 2}, 140),
+        ({"fewest_survivors": 5}, 140),
     ],
 )
 def test_config_nonsense_refused(federation, change, code):
     good = federation().config(0)
-    values = {name: getattr(good, name) for name in SecaggConfig.__dataclass_fields__ if name != "shared"}
     if "identities" in change:
         count = change["identities"]
-        many = tuple(number.to_bytes(32, "big") for number in range(count)) if count else (good.identities[0],) * 4
-        change = {"identities": many}
+        many = tuple(number.to_bytes(32, "big") for number in range(count))
+        change = {"identities": many or (good.shared.identities[0],) * 4, "fewest_survivors": 0, "most_hospitals": 0}
+    shared = {name: value for name, value in change.items() if name != "position"}
     with pytest.raises((PrivacyError, ConfigError)) as refusal:
-        SecaggConfig(**values | change)
+        SecaggConfig(replace(good.shared, **shared), change.get("position", 0))
     assert refusal.value.code == code
 
 
