@@ -10,7 +10,7 @@ MEDFED_DATA ?= $(wildcard $(CURDIR)/../shared/data)
 export MEDFED_DATA
 COHORT ?= breast-cancer
 
-.PHONY: install demo test soak federation lint types bench bench-peers docs clean
+.PHONY: install demo test test-rooms test-federation soak federation lint types bench bench-peers docs clean
 
 install: $(VENV)/.installed
 
@@ -26,8 +26,16 @@ demo: install
 federation: install
 	$(BIN)/medfed-simulate federation --cohort $(COHORT) --out runs/federation
 
+# two at once: the federation's processes wait for each other most of the time
+PYTEST = room=$$(mktemp -d) && trap 'rm -rf "$$room"' EXIT && PYTEST_DEBUG_TEMPROOT="$$room" $(BIN)/python -m pytest
 test: install
-	$(BIN)/python -m pytest
+	$(MAKE) --no-print-directory --output-sync=target --jobs=2 test-federation test-rooms
+
+test-rooms:
+	$(PYTEST) --ignore tests/federation
+
+test-federation:
+	$(PYTEST) tests/federation
 
 # Flower's own simulation engine, for its test
 $(VENV)/.ray: $(VENV)/.installed
