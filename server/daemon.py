@@ -20,9 +20,10 @@ from medfed.process import give_large_memory_back
 from medfed.progress import Progress
 from medfed.roster import load_roster
 from medfed.seams import Seams, require_system_entropy, system_seams
+from medfed.server.assignment import Assignment
 from medfed.server.exchange import Exchange
 from medfed.server.results import write_results
-from medfed.server.rounds import Assignment, Rounds
+from medfed.server.rounds import Rounds
 from medfed.server.setup import MODEL_NAME, ROSTER_NAME, Office, load_office
 from medfed.server.store import Checkpoint, Store
 from medfed.study import load_study

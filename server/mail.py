@@ -49,11 +49,20 @@ class Envelope:
         return message
 
 
+Frames = Callable[[Sequence[int]], Mapping[int, bytes]]
+"""Requests by position, made when they are sent."""
+
+
+def same(frame: Callable[[], bytes]) -> Frames:
+    """One request for all."""
+    return lambda positions: dict.fromkeys(positions, frame())
+
+
 @dataclass(frozen=True, slots=True)
 class Outgoing:
     """The request: ``frames`` gives the bytes by position, the same for every repeat; asked for when they are sent."""
 
-    frames: Callable[[Sequence[int]], Mapping[int, bytes]]
+    frames: Frames
     kind: Kind
     timeout_s: float
 

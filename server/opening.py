@@ -7,14 +7,14 @@ again, and answer with identical bytes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from medfed.errors import EnvironmentFault, MedfedError, PrivacyError
 from medfed.identity import Identity
 from medfed.privacy.secagg.aggregator import Aggregator
 from medfed.privacy.secagg.transitions import AggregatorPhase
-from medfed.server.mail import Mail
+from medfed.server.mail import Frames, Mail
 from medfed.server.store import Store
 from medfed.wire import (
     Message,
@@ -46,7 +46,7 @@ class Asked:
     attempt: int
 
 
-MakeMail = Callable[[Callable[[Sequence[int]], Mapping[int, bytes]]], Mail]
+MakeMail = Callable[[Frames], Mail]
 
 
 class Opening:

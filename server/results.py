@@ -10,8 +10,8 @@ from medfed import metrics
 from medfed.privacy.page import page, rounded_up, times
 from medfed.privacy.statement import Statement
 from medfed.seams import Files
+from medfed.server.assignment import Assignment
 from medfed.server.ending import RunRecord, model_file
-from medfed.server.rounds import Assignment
 from medfed.server.store import Checkpoint
 from medfed.server.study_file import render
 from medfed.study import Study

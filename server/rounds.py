@@ -8,39 +8,31 @@ last good model stays.
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
-from medfed.advance import ModelState, advance, state_bytes, state_hash, state_size_bytes, task_hash
-from medfed.errors import EnvironmentFault, MedfedError, PrivacyError, ProtocolError, RemoteProtocolError
-from medfed.identity import Identity, verify
-from medfed.privacy.plan import Plan
+from medfed.advance import ModelState, state_bytes, state_hash, task_hash
+from medfed.errors import EnvironmentFault, MedfedError, ProtocolError, RemoteProtocolError
+from medfed.identity import verify
 from medfed.privacy.secagg.aggregator import Aggregator
-from medfed.privacy.secagg.messages import parse_offer, split_offer
-from medfed.privacy.secagg.protocol import AggregatorConfig
 from medfed.privacy.statement import canonical
-from medfed.roster import Roster
 from medfed.seams import Seams
+from medfed.server.assignment import Assignment
 from medfed.server.ending import RunRecord, open_record
 from medfed.server.exchange import Exchange, Kind
 from medfed.server.heads import LedgerHeads
-from medfed.server.mail import RETRY_S, Envelope, Mail, Outgoing
+from medfed.server.mail import Envelope, Frames, Mail, Outgoing, same
 from medfed.server.opening import Asked, AttemptLost, Opening
+from medfed.server.replies import AWAITED, FATAL, STOPS, Names, reason_of, stop
+from medfed.server.sessions import Sessions
 from medfed.server.standing import Standing
 from medfed.server.store import Checkpoint, RoundRecord, Store
-from medfed.study import Study
 from medfed.wire import (
     Finish,
     Finished,
-    Message,
-    OfferReply,
     Refusal,
     Refused,
     RoundRequest,
-    SetupRequest,
     StateAccepted,
     StateTransfer,
     Upload,
@@ -54,32 +46,6 @@ from medfed.witness import with_heads
 
 log = logging.getLogger("medfed.server")
 
-_FATAL = {
-    Refused.BUDGET: "its budget does not cover the attempt",
-    Refused.STATE_MISMATCH: "it computed another model state",
-    Refused.SIGNATURES: "it refuses the signatures over the model state",
-    Refused.OFFERS_REFUSED: "it refuses the peers' keys",
-    Refused.LEDGER_BEHIND: "its ledger is older than others saw it, or a second copy (MF-405), and locked",
-    Refused.HEADS_MISSING: "it misses what hospitals told of each other's ledgers",
-}
-
-
-_AWAITED = {
-    Refused.NOT_APPROVED: "has not approved the study",
-    Refused.OTHER_ROSTER: "has not approved the new roster",
-    Refused.OUT_OF_HOURS: "outside its hours of the day",
-}
-_STOPS = {Refused.NOT_APPROVED, *_FATAL}  # where every hospital is needed
-_NOBODY: Mapping[int, Refused] = {}
-
-
-class SessionLost(Exception):
-    """A hospital restarted during setup: the keys of its first offer are gone. Costs nothing."""
-
-    def __init__(self, position: int, name: str) -> None:
-        super().__init__(f"{name} restarted")
-        self.position = position
-
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
@@ -87,15 +53,6 @@ class _Attempt:
 
     attempt: int
     nonce: bytes
-
-
-@dataclass(slots=True)
-class _Setup:
-    """What hospitals said in one setup: why not, that their last attempt was so and so; and whose offers were ``wrong``."""
-
-    refused: dict[int, Refused] = field(default_factory=dict)
-    claims: dict[int, int] = field(default_factory=dict)
-    wrong: set[int] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -113,48 +70,6 @@ class _Uploads:
     vain_since: float | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Assignment:
-    """All that one run is about."""
-
-    study: Study
-    roster: Roster
-    plan: Plan
-    first: ModelState
-    identity: Identity
-    stamps: tuple[str, ...] = ()  # what the run must not be mistaken for: of rehearsals only
-
-    def without_first(self) -> Assignment:
-        """The same for the rounds after the first, without the first model's memory."""
-        nothing = np.zeros(0, np.float32)
-        return replace(self, first=ModelState(0, nothing, nothing, nothing, nothing))
-
-    @property
-    def vector_limit_bytes(self) -> int:
-        """The longest vector that travels: a state or an upload."""
-        return max(state_size_bytes(self.study, self.plan.words), self.secagg_config().longest_upload_bytes)
-
-    def secagg_config(self) -> AggregatorConfig:
-        return AggregatorConfig.of(self.study, self.roster, self.plan.ring_words)
-
-    def advance(self, state: ModelState, total: bytes | memoryview, survivors: Sequence[int]) -> ModelState:
-        integers = self.plan.read_total(total)
-        nominal = self.roster.patients_of(survivors)
-        exponent = self.plan.grid_exponent(state.completed_rounds)
-        everybody = self.roster.patients_at_start(self.study)
-        return advance(
-            state,
-            integers,
-            self.study,
-            grid_exponent=exponent,
-            nominal_patients=nominal,
-            roster_patients=everybody,
-        )
-
-
-Frames = Callable[[Sequence[int]], Mapping[int, bytes]]  # by position
-
-MOST_RESTARTS = 3  # in setups, of one hospital, before it is suspected
 GRACE_S = 5.0  # who is away when all others have answered may come back for so long
 
 Observer = Callable[[Checkpoint, str], None]  # (checkpoint, what is going on) for progress and status
@@ -175,13 +90,13 @@ class Rounds:
         self._entropy = seams.entropy
         self._observe = observe
         self._aggregator: Aggregator | None = None
-        self._session = b""
         self._heads = LedgerHeads(store.witness(), assignment.roster)
+        self._names = Names(assignment.roster)
+        fewest = assignment.study.cohort.fewest_survivors
+        self._standing = Standing(len(assignment.roster.hospitals), fewest, self._names.one)
+        self._fewest = fewest
+        self._sessions = Sessions(self._it, exchange, seams, self._heads, self._standing, self._mail, self._tell)
         self._transfers: set[bytes] = set()
-        self._without_keys: set[int] = set()  # said so in this session
-        self._standing = Standing(len(assignment.roster.hospitals), self._fewest, self._name)
-        self._restarts: Counter[int] = Counter()
-        self._absent = ""  # from the last setup, as it was said
         self._away: frozenset[int] = frozenset()  # when the last round went on without them
         self._record: RunRecord | None = None
         # the request of the open attempt, until it is sent for the first time; then it lies on disk only
@@ -210,167 +125,28 @@ class Rounds:
         request = self._open_attempt()
         while self._checkpoint.state.completed_rounds < self._it.study.released_sums:
             if request is None:
-                self._ensure_session()
+                self._aggregator = self._aggregator or self._begin_session()
                 request = self._new_attempt()
             try:
                 self._complete(request)
             except AttemptLost as lost:
                 log.warning("attempt %d is lost: %s", self._checkpoint.last_attempt, lost)
                 self._aggregator = None
-            if self._aggregator is not None and self._is_wider_setup_possible():
+            last = self._checkpoint.last_attempt
+            if self._aggregator is not None and self._sessions.is_wider_possible(self._aggregator.cohort, last):
                 self._aggregator = None  # keys are made anew, so that those who are back take part again
             self._store.clear_open_attempt()
             request = None
         self._finish()
         return self._checkpoint
 
-    # --- setup -------------------------------------------------------------------------------------------------------
-
-    def _ensure_session(self) -> None:
-        """All hospitals' fresh key offers; waits for those that are away or have not approved yet."""
-        end = self._clock.monotonic() + self._setup_s
-        while self._aggregator is None:
-            try:
-                self._aggregator = self._gather_offers(max(0.0, end - self._clock.monotonic()))
-            except SessionLost as lost:
-                log.warning("setup begins anew: %s", lost)
-                self._restarts[lost.position] += 1
-                if self._restarts[lost.position] % MOST_RESTARTS == 0:
-                    self._suspect({lost.position}, "restarts in every setup")
-                self._clock.sleep(RETRY_S)
-
-    def _gather_offers(self, timeout_s: float) -> Aggregator:
-        """One session's setup. Raises ``SessionLost`` if a hospital restarted in it, MF-191 if too few came by the deadline."""
-        self._session = self._entropy.draw("session", 16)
-        self._without_keys.clear()
-        aggregator = Aggregator(self._it.secagg_config())
-        request = encode(SetupRequest(self._study_hash, self._session, self._heads.begin()), self._it.identity)
-        mail = self._mail(_same(lambda: request), Kind.QUERY, timeout_s)
-        everybody = frozenset(range(len(self._it.roster.hospitals)))
-        left_out = self._left_out()
-        setup = _Setup()
-        while not aggregator.is_settled:
-            waiting = everybody - aggregator.offered - left_out
-            self._observe(self._checkpoint, f"waiting for {self._names(waiting, setup.refused)}")
-            is_enough = len(aggregator.offered) >= self._fewest
-            if is_enough and all(self._is_not_waited_for(position, setup, mail) for position in waiting):
-                aggregator.settle()  # who is away, or does not take part yet, may come back for a later round
-                break
-            try:
-                replies = mail.gather(waiting, f"{self._names(waiting)} did not join")
-            except EnvironmentFault:
-                if not is_enough:
-                    raise
-                aggregator.settle()
-                self._standing.pass_over(
-                    waiting - {each for each in waiting if mail.away(each)}, self._checkpoint.last_attempt
-                )
-                break
-            for position, message, _ in replies:
-                self._take_setup_reply(aggregator, mail, setup, position, message)
-        refused = setup.refused
-        self._believe({member: setup.claims[member] for member in aggregator.cohort.members})
-        self._heads.save()
-        absent = self._names(everybody - frozenset(aggregator.cohort.members), refused)
-        if absent and absent != self._absent:
-            log.warning("setup without %s", absent)
-        self._absent = absent
+    def _begin_session(self) -> Aggregator:
+        aggregator, last_attempt = self._sessions.begin(self._checkpoint.last_attempt)
+        self._checkpoint = replace(self._checkpoint, last_attempt=last_attempt)
         return aggregator
 
-    def _is_not_waited_for(self, position: int, setup: _Setup, mail: Mail) -> bool:
-        """Once enough have offered: not for wrong offers; once the study has begun not for those who are away or cannot come."""
-        if position in setup.wrong:
-            return True
-        return self._has_begun and (mail.away(position) or setup.refused.get(position) in _AWAITED)
-
-    def _take_setup_reply(
-        self, aggregator: Aggregator, mail: Mail, setup: _Setup, position: int, message: Message
-    ) -> None:
-        if isinstance(message, OfferReply) and message.session == self._session:
-            if self._is_offered(aggregator, mail, position, message):
-                setup.claims[position] = message.highest_attempt
-            else:
-                setup.wrong.add(position)
-        elif isinstance(message, Refusal):
-            is_behind = message.nonce == self._session and message.reason == Refused.LEDGER_BEHIND
-            if is_behind and not self._standing.is_robust:
-                raise self._stop(self._name(position), Refused.LEDGER_BEHIND)
-            if is_behind:
-                setup.wrong.add(position)
-            setup.refused[position] = _reason(message)  # told with whom is waited for, once
-            mail.again(position, RETRY_S)
-
-    @property
-    def _fewest(self) -> int:
-        return self._it.study.cohort.fewest_survivors
-
-    @property
-    def _has_begun(self) -> bool:
-        """Whether an attempt was made: from then on nobody is waited for who is away, as long as enough are there."""
-        return self._checkpoint.last_attempt > 0
-
-    @property
-    def _setup_s(self) -> float:
-        deadlines = self._it.study.deadlines
-        return deadlines.round_s if self._has_begun and self._standing.is_robust else deadlines.setup_s
-
-    def _is_wider_setup_possible(self) -> bool:
-        """Whether a hospital is there that the open session cannot sum: it was away, or has lost its keys.
-
-        Where as many are there as may be summed, the others of a longer roster wait.
-        """
-        if self._aggregator is None or not self._standing.is_robust:
-            return False
-        everybody, online = frozenset(range(len(self._it.roster.hospitals))), self._exchange.online()
-        members = frozenset(self._aggregator.cohort.members)
-        is_full = len(members & online) == self._it.study.cohort.most_hospitals
-        without = self._without_keys if is_full else (everybody - members) | self._without_keys
-        return bool((without & online) - self._left_out())
-
-    def _left_out(self) -> frozenset[int]:
-        return self._standing.left_out(self._checkpoint.last_attempt, len(self._exchange.online()))
-
-    def _is_offered(self, aggregator: Aggregator, mail: Mail, position: int, reply: OfferReply) -> bool:
-        """Take an offer. One that does not verify or is not the sender's own is an alarm, and asked for again."""
-        if aggregator.is_settled:
-            return True  # as many are in as may be summed
-        try:
-            self._checked_claim(position, reply.highest_attempt)
-            body, _ = split_offer(reply.offer)
-            if parse_offer(body, self._it.secagg_config()).position != position:
-                raise RemoteProtocolError(111, "an offer in another hospital's name", "refused")
-            self._heads.take_told(position, reply.heads)
-            aggregator.add_offer(reply.offer)
-        except RemoteProtocolError as error:
-            if error.code == 183:
-                raise SessionLost(position, self._name(position)) from error
-            log.error("ALARM: offer of %s refused: %s", self._name(position), error)
-            mail.again(position, RETRY_S)
-            return False
-        except PrivacyError as error:
-            if not self._standing.is_robust:
-                raise
-            log.error("ALARM: offer of %s refused: %s", self._name(position), error)
-            return False
-        return True
-
-    def _checked_claim(self, position: int, claimed: int) -> int:
-        """The attempt a hospital says it used last. Raises MF-192 for one that the study does not have."""
-        if claimed > self._it.study.attempts:
-            raise PrivacyError(
-                192, f"{self._name(position)} claims to have used attempt {claimed}", "ask it what runs there"
-            )
-        return claimed
-
-    def _believe(self, claims: Mapping[int, int]) -> None:
-        """Go on after the last attempt that hospitals have used: each one's word where each is needed, else what more than c say,
-        so that no c of them can use up the list by a word."""
-        said = sorted(claims.values(), reverse=True)
-        highest = said[self._it.study.cohort.colluders if self._standing.is_robust else 0]
-        if highest > self._checkpoint.last_attempt:
-            saying = self._names(frozenset(each for each, claimed in claims.items() if claimed >= highest))
-            log.warning("attempt %d was used already, says %s", highest, saying)
-        self._checkpoint = replace(self._checkpoint, last_attempt=max(self._checkpoint.last_attempt, highest))
+    def _tell(self, what: str) -> None:
+        self._observe(self._checkpoint, what)
 
     def _suspect(self, positions: Iterable[int], why: str) -> None:
         self._standing.suspect(positions, why, self._checkpoint.last_attempt)
@@ -397,7 +173,7 @@ class Rounds:
             self._store.clear_open_attempt()
             return None
         log.info("resuming attempt %d", request.attempt)
-        self._session = request.session
+        self._sessions.session = request.session
         self._heads.resume(request.heads)
         task = with_heads(task_hash(self._study_hash, state), request.heads)
         self._aggregator.open_round(request.attempt, task, self._store.load_survivors(request.nonce))
@@ -434,7 +210,7 @@ class Rounds:
             raise ProtocolError(900, "no session", "please report this")
         request = RoundRequest(
             self._study_hash,
-            self._session,
+            self._sessions.session,
             self._entropy.draw("nonce", 16),
             attempt,
             state.completed_rounds,
@@ -484,15 +260,15 @@ class Rounds:
         uploads = _Uploads(request)
         self._gather_uploads(aggregator, uploads)
         if not aggregator.cohort.is_strict:
-            asked = Asked(self._study_hash, self._session, request.nonce, request.attempt)
-            opening = Opening(aggregator, asked, self._it.identity, self._store, self._opening_mail, self._name)
+            asked = Asked(self._study_hash, self._sessions.session, request.nonce, request.attempt)
+            opening = Opening(aggregator, asked, self._it.identity, self._store, self._opening_mail, self._names.one)
             try:
                 opening.open()
             except AttemptLost as lost:
                 self._suspect((opening.suspects | aggregator.suspects) - opening.without_keys, str(lost))
                 raise
             finally:
-                self._without_keys |= opening.without_keys
+                self._sessions.without_keys |= opening.without_keys
         self._advance(aggregator, uploads, self._clock.monotonic() - started)
 
     def _opening_mail(self, frames: Frames) -> Mail:
@@ -502,7 +278,7 @@ class Rounds:
         """Until all are in, or enough are and no other can be expected. Raises ``AttemptLost``."""
         number = self._checkpoint.state.completed_rounds + 1
         needed = aggregator.cohort.thresholds.survivors
-        mail = self._mail(_same(self._request_frame), Kind.TRAIN, self._it.study.deadlines.round_s)
+        mail = self._mail(same(self._request_frame), Kind.TRAIN, self._it.study.deadlines.round_s)
         while waiting := aggregator.missing - uploads.gone:
             self._observe(self._checkpoint, f"round {number}, attempt {uploads.request.attempt}")
             if len(aggregator.uploaded) + len(waiting) < needed:
@@ -538,7 +314,7 @@ class Rounds:
                     self._take_upload(aggregator, position, message, uploads)
                     uploads.size = reply_bytes
                 elif isinstance(message, Refusal) and self._concerns(message, nonce):
-                    self._refused(position, _reason(message), aggregator, uploads)
+                    self._refused(position, reason_of(message), aggregator, uploads)
                 elif isinstance(message, StateAccepted):
                     mail.again(position, 0.0)
             self._bring_back(uploads)
@@ -554,10 +330,10 @@ class Rounds:
             self._heads.take_upload(position, upload.head)
             aggregator.add_upload(one_piece(upload.payload), sender=position)
         except RemoteProtocolError as error:
-            log.error("ALARM: upload of %s refused: %s", self._name(position), error)
+            log.error("ALARM: upload of %s refused: %s", self._names.one(position), error)
             if error.code != 183 or position in aggregator.missing:  # one in quarantine will never be in the sum
                 self._suspect({position}, "its upload is refused")
-                self._lose(position, f"{self._name(position)}: upload refused", aggregator, uploads, error)
+                self._lose(position, f"{self._names.one(position)}: upload refused", aggregator, uploads, error)
             return
         uploads.attestations[position] = upload.attestation
 
@@ -577,24 +353,18 @@ class Rounds:
         uploads.told = why
 
     def _refused(self, position: int, reason: Refused, aggregator: Aggregator, uploads: _Uploads) -> None:
-        name = self._name(position)
+        name = self._names.one(position)
         if reason in (Refused.NO_SESSION, Refused.ATTEMPT_SPENT):  # both are what a restarted hospital says
-            self._without_keys.add(position)
+            self._sessions.without_keys.add(position)
         is_stateless = reason is Refused.NEED_STATE and self._checkpoint.state.completed_rounds > 0
         if is_stateless and position not in uploads.helped:
             uploads.stateless.add(position)
-        elif reason not in _STOPS or self._standing.is_robust:
-            if reason in _FATAL:
-                self._suspect({position}, _FATAL[reason])
+        elif reason not in STOPS or self._standing.is_robust:
+            if reason in FATAL:
+                self._suspect({position}, FATAL[reason])
             self._lose(position, f"{name}: {reason.name}", aggregator, uploads)
         else:
-            raise self._stop(name, reason)
-
-    def _stop(self, name: str, reason: Refused) -> PrivacyError:
-        """Why a study that needs every hospital cannot go on with this one."""
-        if reason is Refused.NOT_APPROVED:
-            return PrivacyError(192, f"{name} does not take part any more", "ask it; plan a new study without it")
-        return PrivacyError(192, f"{name} stops the study: {_FATAL[reason]}", "ask it; its own log says more")
+            raise stop(name, reason)
 
     def _concerns(self, refusal: Refusal, nonce: bytes) -> bool:
         """Whether it answers the open request, or says that the transferred state's signatures will never do."""
@@ -624,7 +394,7 @@ class Rounds:
     def _transfer_state(self, position: int, state: ModelState, signatures: tuple[bytes, ...]) -> None:
         nonce = self._entropy.draw("nonce", 16)
         self._transfers.add(nonce)
-        log.info("transferring the state after round %d to %s", state.completed_rounds, self._name(position))
+        log.info("transferring the state after round %d to %s", state.completed_rounds, self._names.one(position))
         transfer = StateTransfer(self._study_hash, nonce, state.completed_rounds, state_bytes(state), signatures)
         frame = encode(transfer, self._it.identity)
         self._exchange.send(position, Kind.QUERY, frame, self._it.study.deadlines.round_s)
@@ -671,11 +441,11 @@ class Rounds:
             total=self._total(),
         )
         frame = encode(finish, self._it.identity)
-        mail = self._mail(_same(lambda: frame), Kind.QUERY, self._it.study.deadlines.round_s)
+        mail = self._mail(same(lambda: frame), Kind.QUERY, self._it.study.deadlines.round_s)
         ending = _Uploads(_Attempt(self._checkpoint.last_attempt, finish.nonce))
         everybody = frozenset(range(len(it.roster.hospitals)))
         while left := everybody - set(record.signed) - ending.gone:
-            self._observe(self._checkpoint, f"final model: waiting for {self._names(left)}")
+            self._observe(self._checkpoint, f"final model: waiting for {self._names.several(left)}")
             enough = self._fewest < len(everybody) and len(record.signed) >= self._fewest
             if enough and self._is_vain(mail, left, ending):
                 break
@@ -690,7 +460,7 @@ class Rounds:
                     if self._is_confirmed(record, position, message, ending):
                         ending.attestations[position] = message.attestation
                 elif isinstance(message, Refusal) and self._concerns(message, finish.nonce):
-                    self._unfinished(position, _reason(message), ending)
+                    self._unfinished(position, reason_of(message), ending)
                 elif isinstance(message, StateAccepted):
                     mail.again(position, 0.0)
             self._bring_back(ending)
@@ -698,7 +468,7 @@ class Rounds:
             raise RemoteProtocolError(193, "too few hospitals confirm the final model", "their own logs say why")
         absent = everybody - set(record.signed)
         if absent:
-            log.warning("the final model is not signed by %s", self._names(absent))
+            log.warning("the final model is not signed by %s", self._names.several(absent))
         self._record = record
 
     def _is_confirmed(self, record: RunRecord, position: int, message: Finished, ending: _Uploads) -> bool:
@@ -714,15 +484,15 @@ class Rounds:
         return True
 
     def _unfinished(self, position: int, reason: Refused, ending: _Uploads) -> None:
-        name = self._name(position)
+        name = self._names.one(position)
         if reason is Refused.NEED_STATE and position not in ending.helped:
             ending.stateless.add(position)
         elif self._standing.is_robust:
-            level = logging.WARNING if reason in _AWAITED else logging.ERROR
+            level = logging.WARNING if reason in AWAITED else logging.ERROR
             log.log(level, "%s does not confirm the final model: %s", name, reason.name)
             ending.gone.add(position)
         elif reason is Refused.LEDGER_BEHIND:
-            raise self._stop(name, reason)
+            raise stop(name, reason)
         else:
             raise RemoteProtocolError(193, f"{name} does not confirm the final model", "its own log says why")
 
@@ -730,30 +500,9 @@ class Rounds:
 
     def _mail(self, frames: Frames, kind: Kind, timeout_s: float) -> Mail:
         envelope = Envelope(self._study_hash, self._it.roster.identities, self._limit)
-        return Mail(self._exchange, self._clock, envelope, Outgoing(frames, kind, timeout_s), self._name)
-
-    def _name(self, position: int) -> str:
-        return self._it.roster.hospitals[position].hospital
-
-    def _names(self, positions: frozenset[int], refused: Mapping[int, Refused] = _NOBODY) -> str:
-        """In the roster's order, with what keeps those away that have said so."""
-        named = ((self._name(position), refused.get(position)) for position in sorted(positions))
-        return ", ".join(name if why is None else f"{name} ({_AWAITED.get(why, why.name)})" for name, why in named)
-
-
-def _same(frame: Callable[[], bytes]) -> Frames:
-    """One frame for all."""
-    return lambda positions: dict.fromkeys(positions, frame())
+        return Mail(self._exchange, self._clock, envelope, Outgoing(frames, kind, timeout_s), self._names.one)
 
 
 def _signed(attestations: Mapping[int, bytes]) -> tuple[bytes, ...]:
     """BE16 position ‖ signature, as they travel."""
     return tuple(position.to_bytes(2, "big") + attestations[position] for position in sorted(attestations))
-
-
-def _reason(refusal: Refusal) -> Refused:
-    """A reason that this version does not know is a fault at the hospital like any other."""
-    try:
-        return Refused(refusal.reason)
-    except ValueError:
-        return Refused.INTERNAL

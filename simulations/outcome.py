@@ -13,9 +13,9 @@ from medfed.client.outlook import some_attempts
 from medfed.models import catalogue, parameters, tasks
 from medfed.models.records import Records
 from medfed.privacy.statement import NOT_PRIVATE, SIMULATION
+from medfed.server.assignment import Assignment
 from medfed.server.ending import RunRecord, versions
 from medfed.server.results import held_out_metrics
-from medfed.server.rounds import Assignment
 from medfed.server.store import Checkpoint
 from medfed.simulations.extract import Cohort
 from medfed.simulations.pooled import Pooled, pooled_records, score, train_pooled

@@ -36,11 +36,12 @@ from medfed.models.parameters import file_hash, flatten, to_safetensors
 from medfed.privacy.noise import discrete_gaussian
 from medfed.roster import Roster
 from medfed.seams import Entropy, Files, Seams, system_seams
+from medfed.server.assignment import Assignment
 from medfed.server.daemon import load_assignment, run_folder
 from medfed.server.ending import RunRecord
 from medfed.server.exchange import Exchange
 from medfed.server.planning import Decisions, TaskFile, load_task, plan_study
-from medfed.server.rounds import Assignment, Rounds
+from medfed.server.rounds import Rounds
 from medfed.server.setup import (
     CONFIG_NAME as SERVER_CONFIG_NAME,
 )

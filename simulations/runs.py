@@ -19,8 +19,8 @@ from medfed.errors import ConfigError, LocalProtocolError
 from medfed.models import catalogue, parameters
 from medfed.progress import Progress
 from medfed.seams import Seams, system_seams
+from medfed.server.assignment import Assignment
 from medfed.server.results import write_record
-from medfed.server.rounds import Assignment
 from medfed.server.store import Checkpoint
 from medfed.server.study_file import render
 from medfed.simulations import plots, report

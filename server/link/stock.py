@@ -18,10 +18,10 @@ from flwr.serverapp import Grid, ServerApp
 
 from medfed.errors import ConfigError, EnvironmentFault, MedfedError
 from medfed.seams import Seams, system_seams
+from medfed.server.assignment import Assignment
 from medfed.server.daemon import load_assignment, train_with
 from medfed.server.exchange import Kind
 from medfed.server.link.grid import make_server_app, payload_of
-from medfed.server.rounds import Assignment
 from medfed.server.setup import load_office
 from medfed.wire import Finish, Refusal, check_signature, decode, encode
 

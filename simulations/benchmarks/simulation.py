@@ -23,8 +23,8 @@ from torch.nn import functional
 from medfed.model_choice import Cnn
 from medfed.models import catalogue, parameters
 from medfed.seams import Seams
+from medfed.server.assignment import Assignment
 from medfed.server.planning import load_task
-from medfed.server.rounds import Assignment
 from medfed.server.store import Checkpoint
 from medfed.simulations.rehearsal import Rehearsal, rehearse
 from medfed.simulations.synthetic import synthetic
