@@ -9,7 +9,7 @@ from typing import TypedDict
 from medfed.client.ledger import Caps, Entry, LedgerView
 from medfed.display import shown
 from medfed.errors import PrivacyError
-from medfed.privacy.page import rounded_down, rounded_up
+from medfed.wording import rounded_down, rounded_up
 
 
 class StudyBudget(TypedDict):

@@ -28,11 +28,10 @@ from medfed.client.site import Site
 from medfed.display import shown
 from medfed.errors import MedfedError, PrivacyError
 from medfed.models import catalogue, parameters
-from medfed.privacy.page import rounded_up
 from medfed.privacy.plan import Plan, make_plan
 from medfed.roster import Roster, load_enrolment
 from medfed.study import Study, load_study
-from medfed.wording import counted
+from medfed.wording import counted, rounded_up
 
 
 class Forecast(TypedDict):

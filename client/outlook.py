@@ -20,13 +20,12 @@ from medfed.errors import ConfigError
 from medfed.models import parameters
 from medfed.privacy import plan as plans
 from medfed.privacy.noise import discrete_gaussian
-from medfed.privacy.page import rounded_up
 from medfed.privacy.plan import Plan
 from medfed.privacy.secagg.protocol import AggregatorConfig
 from medfed.seams import Clock
 from medfed.study import Study
 from medfed.wire import upload_size_bytes
-from medfed.wording import counted
+from medfed.wording import counted, rounded_up
 
 WANTED = (1.0, 3.0, 8.0)
 _POINTS = 12

@@ -17,7 +17,7 @@ from medfed.client.site import Site
 from medfed.errors import RemoteProtocolError
 from medfed.models import catalogue, parameters
 from medfed.privacy.journal import LIMIT_BYTES, check_journal
-from medfed.privacy.page import page, rounded_up
+from medfed.privacy.page import page
 from medfed.privacy.plan import Plan, make_plan
 from medfed.privacy.statement import (
     NOT_PRIVATE,
@@ -32,6 +32,7 @@ from medfed.privacy.statement import (
 from medfed.roster import Roster, load_roster
 from medfed.seams import Files
 from medfed.study import Study, load_study
+from medfed.wording import rounded_up
 
 JOURNAL_NAME, TEXT_NAME = "journal.jsonl", "study.toml"
 _ODD = "is not as medfed writes it: a key may stand twice, and mean something else to another reader"

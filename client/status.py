@@ -20,9 +20,8 @@ from medfed.client.policy import hours_in_words
 from medfed.client.site import Site
 from medfed.display import shown
 from medfed.errors import MedfedError
-from medfed.privacy.page import rounded_down, rounded_up
 from medfed.study import Study
-from medfed.wording import rounds_by_kind
+from medfed.wording import rounded_down, rounded_up, rounds_by_kind
 
 log = logging.getLogger("medfed.client")
 

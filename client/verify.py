@@ -15,8 +15,8 @@ from medfed.client.run_checks import CHECKS, NotChecked, Run, check_own_ledger, 
 from medfed.client.site import Site
 from medfed.display import shown
 from medfed.errors import MedfedError, RemoteProtocolError
-from medfed.privacy.page import rounded_up
 from medfed.seams import Files
+from medfed.wording import rounded_up
 
 
 class Check(TypedDict):

@@ -1,8 +1,10 @@
-"""Numbers in sentences: one hospital, two hospitals; and the attempts of a study, each kind by its name."""
+"""Numbers in sentences: one hospital, two hospitals; a study's attempts, each kind by its name; bounds, rounded to their side."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 
 
 def counted(number: int, one: str, many: str = "") -> str:
@@ -26,3 +28,21 @@ def asked_attempts(rounds: int, spare_attempts: int, statistics: int, metrics: i
         if number
     ]
     return f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def rounded_up(value: float) -> str:
+    """Four digits, rounded up: a bound never reads smaller than it is. Exact: of the shortest number that reads back the same."""
+    return f"{float(Context(prec=4, rounding=ROUND_CEILING).create_decimal(repr(value))):.4g}"
+
+
+def rounded_down(value: float) -> str:
+    """The same rounded down: what is left never reads larger than it is."""
+    return f"{float(Context(prec=4, rounding=ROUND_FLOOR).create_decimal(repr(value))):.4g}"
+
+
+def times(value: float) -> str:
+    """e^epsilon in few digits, rounded up; of large ones the power of ten above it."""
+    if value > 20.0:
+        return f"10^{math.ceil(value / math.log(10.0))}"
+    factor = math.exp(value)
+    return f"{math.ceil(factor * 100) / 100:.2f}" if factor < 100 else f"{math.ceil(factor):,}"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 
 from medfed.identity import fingerprint
 from medfed.privacy.statement import PrivacyFile, SignedByHospital
 from medfed.roster import Roster
+from medfed.wording import rounded_up, times
 
 _UNITS = {
     "patient": "one patient: all records of one person at one hospital together",
@@ -178,21 +177,3 @@ def _belongings(file: PrivacyFile) -> Iterator[str]:
     ):
         yield f"- {name}: SHA-256 `{digest}`"
     yield f"- {file.parameters} parameters were trained"
-
-
-def rounded_up(value: float) -> str:
-    """Four digits, rounded up: a bound never reads smaller than it is. Exact: of the shortest number that reads back the same."""
-    return f"{float(Context(prec=4, rounding=ROUND_CEILING).create_decimal(repr(value))):.4g}"
-
-
-def rounded_down(value: float) -> str:
-    """The same rounded down: what is left never reads larger than it is."""
-    return f"{float(Context(prec=4, rounding=ROUND_FLOOR).create_decimal(repr(value))):.4g}"
-
-
-def times(value: float) -> str:
-    """e^epsilon in few digits, rounded up; of large ones the power of ten above it."""
-    if value > 20.0:
-        return f"10^{math.ceil(value / math.log(10.0))}"
-    factor = math.exp(value)
-    return f"{math.ceil(factor * 100) / 100:.2f}" if factor < 100 else f"{math.ceil(factor):,}"

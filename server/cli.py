@@ -303,7 +303,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _status_in_words(status: dict[str, Any]) -> Iterable[str]:
-    from medfed.privacy.page import rounded_up
+    from medfed.wording import rounded_up
 
     kinds: dict[str, int] = status["rounds_by_kind"]
     yield f"{status['study']}: {'running' if status['running'] else 'not running'}, {status['what']}"

@@ -11,14 +11,13 @@ from medfed.display import block, shown
 from medfed.errors import PrivacyError
 from medfed.model_choice import described
 from medfed.models import catalogue, parameters
-from medfed.privacy.page import rounded_up
 from medfed.privacy.plan import Plan, make_plan
 from medfed.privacy.secagg.protocol import AggregatorConfig
 from medfed.privacy.statement import NOT_CLAIMED, excess_noise, holds_against
 from medfed.roster import Roster, require_small_delta
 from medfed.study import Study
 from medfed.wire import upload_size_bytes
-from medfed.wording import counted
+from medfed.wording import counted, rounded_up
 
 
 class StudyCheck(TypedDict):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from medfed import metrics
-from medfed.privacy.page import page, rounded_up, times
+from medfed.privacy.page import page
 from medfed.privacy.statement import Statement
 from medfed.seams import Files
 from medfed.server.assignment import Assignment
@@ -15,7 +15,7 @@ from medfed.server.ending import RunRecord, model_file
 from medfed.server.store import Checkpoint
 from medfed.server.study_file import render
 from medfed.study import Study
-from medfed.wording import counted, rounds_by_kind
+from medfed.wording import counted, rounded_up, rounds_by_kind, times
 
 MODEL_NAME, STUDY_NAME = "model.safetensors", "study.toml"
 RECORD_NAMES = ("privacy.json", "privacy.md", "study.json", "roster.json", "journal.jsonl")

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from medfed import metrics
-from medfed.privacy.page import rounded_up, times
 from medfed.simulations.outcome import NO_NOISE, SEEDED, SIMULATED, Outcome, Result, measured, spent
 from medfed.simulations.own_table import CONSTANTS_FROM_DATA
 from medfed.simulations.pooled import BATCH, RATE
 from medfed.simulations.synthetic import SYNTHETIC
-from medfed.wording import counted
+from medfed.wording import counted, rounded_up, times
 
 METRIC_PLOT = "metric_by_round.png"
 EPSILON_PLOT = "epsilon_by_attempt.png"

@@ -11,12 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from medfed import metrics
-from medfed.privacy.page import rounded_up
 from medfed.simulations.outcome import Outcome, Result, measured
 from medfed.simulations.own_table import EVALUATION as OWN_TABLE
 from medfed.simulations.report import auc, baseline, epsilon_in_words, spent_in_words, spread, stamp_lines
 from medfed.simulations.runs import Simulation
-from medfed.wording import counted
+from medfed.wording import counted, rounded_up
 
 _WIDEST = 110
 _FILES_WITHOUT_NOISE = {

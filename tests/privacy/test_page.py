@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medfed.privacy.page import rounded_down, rounded_up, times
+from medfed.wording import rounded_down, rounded_up, times
 
 
 @pytest.mark.parametrize(
