@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from medfed.errors import LocalProtocolError
 
-BESIDE_FROM = 1 << 16
-"""Vectors from here on get the thread: 3 ms of drawing and more, where starting and ending it takes a tenth of one."""
+BESIDE_FROM = 1 << 18
+"""Vectors from here on get the thread: 2 ms of drawing and more, where starting and ending it takes a tenth of one."""
 
 
 class OneNoise:

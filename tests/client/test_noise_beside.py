@@ -178,7 +178,7 @@ TWICE: dict[str, Callable[[OneNoise], object]] = {
 }
 
 
-@pytest.mark.parametrize("size", [1, 1 << 16])
+@pytest.mark.parametrize("size", [1, noise_beside.BESIDE_FROM])
 @pytest.mark.parametrize("how", TWICE)
 def test_noise_is_used_once(how: str, size: int) -> None:
     with (
@@ -190,13 +190,13 @@ def test_noise_is_used_once(how: str, size: int) -> None:
 
 
 def test_noise_is_not_to_be_had_when_the_block_is_over() -> None:
-    with drawn_beside(lambda: np.zeros(3, np.int64), 1 << 16) as drawn:
+    with drawn_beside(lambda: np.zeros(3, np.int64), noise_beside.BESIDE_FROM) as drawn:
         pass
     with pytest.raises(LocalProtocolError, match="MF-900"):
         drawn.take()
 
 
-@pytest.mark.parametrize("size", [1, 1 << 16])
+@pytest.mark.parametrize("size", [1, noise_beside.BESIDE_FROM])
 def test_fork_in_the_middle_of_an_attempt_does_not_get_the_noise(size: int) -> None:
     """Two processes with one noise vector would be two uploads under it; the parent goes on."""
     with no_thread_left(), drawn_beside(lambda: np.arange(3), size) as drawn:
