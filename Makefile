@@ -14,7 +14,8 @@ COHORT ?= breast-cancer
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# a C compiler, where there is one, makes the recurrent models' cell; without it torch's operations take its place
+$(VENV)/.installed: pyproject.toml constraints.txt medfed/recurrent_cell.c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[sim,dev]'
@@ -67,6 +68,7 @@ bench: install
 	$(BIN)/python -m medfed.simulations.benchmarks simulation --json
 	$(BIN)/python -m medfed.simulations.benchmarks ledger --json
 	$(BIN)/python -m medfed.simulations.benchmarks secagg --json
+	$(BIN)/python -m medfed.simulations.benchmarks gradients --json
 
 # what the benchmark of secure aggregation compares with: Flower's SecAgg+ is in Flower, which is installed; CKKS is TenSEAL's
 bench-peers: install

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 import torch
+from torch import nn
 
 from medfed.client.policy import ComputeSection
+from medfed.privacy.gradients.engine import Engine
 
 log = logging.getLogger("medfed.client")
 
@@ -26,12 +28,20 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Compute:
-    """The device, which physical batches were found right (``settle_batch``) in this process, by form of computation, and the
-    engine that takes gradients record by record (of tables as well)."""
+    """The device, which physical batches were found right (``slot_test``) in this process, by form of computation, engines at
+    rest by the same; what takes gradients patient by patient (of tables as well), and what deep models' products are
+    computed in."""
 
     device: torch.device = CPU
     batches: dict[str, int] = field(default_factory=dict)
-    engine: Literal["opacus"] = "opacus"
+    engines: dict[str, list[Engine]] = field(default_factory=dict)
+    engine: Literal["bookkeeping", "opacus"] = "bookkeeping"
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def dtype_of(self, model: nn.Module) -> torch.dtype | None:
+        """What the gradient engine computes a model's products and convolutions in; None: the model's own type."""
+        is_short = self.precision == "bfloat16" and next(model.parameters()).dtype == torch.float32
+        return torch.bfloat16 if is_short else None
 
     def run(self, work: Callable[[torch.device], Result]) -> Result:
         """``work`` on the device; where that fails (memory above all), the whole of it again on the processor.
@@ -50,11 +60,12 @@ class Compute:
 
 def choose_compute(section: ComputeSection) -> Compute:
     """The device that hospital.toml asks for, made ready; without one the processor, and a line that says why."""
+    engine: Literal["bookkeeping", "opacus"] = "bookkeeping" if section.engine == "auto" else section.engine
     if section.engine != "auto":
         log.info("gradients by %s, as hospital.toml says", section.engine)
     if section.device == "cpu":
         log.info("computing on the processor, as hospital.toml says")
-        return Compute()
+        return Compute(engine=engine, precision=section.precision)
     # read when cuBLAS starts; without it its products may change from call to call
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = torch.device("cuda:0" if section.device in ("auto", "cuda") else section.device)
@@ -62,13 +73,13 @@ def choose_compute(section: ComputeSection) -> Compute:
     if missing is not None:
         level = logging.INFO if section.device == "auto" else logging.WARNING
         log.log(level, "computing on the processor: %s", missing)
-        return Compute()
+        return Compute(engine=engine, precision=section.precision)
     if section.memory_gib is not None:
         total = torch.cuda.mem_get_info(device)[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, section.memory_gib * GIB / total), device)
     _make_exact()
     log.info("computing on %s, %s", device, torch.cuda.get_device_name(device))
-    return Compute(device)
+    return Compute(device, engine=engine, precision=section.precision)
 
 
 def _missing(device: torch.device, memory_gib: float | None) -> str | None:

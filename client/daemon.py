@@ -19,7 +19,7 @@ from medfed.client.connection import Connection, ConnectionState
 from medfed.client.control import SOCKET_NAME, DaemonNow, StudyNow, control_service
 from medfed.client.hospital import Hospital
 from medfed.client.ledger import Ledger, StudyState
-from medfed.client.local_steps import LocalUpdate, Noise, private_update
+from medfed.client.local_steps import LocalUpdate, Noise, OwnSum, own_sum, private_update
 from medfed.client.model_keeper import Advance
 from medfed.client.participation import Participation
 from medfed.client.policy import ComputeSection, hours_in_words
@@ -44,6 +44,7 @@ def open_hospital(
     stop: threading.Event | None = None,
     *,
     local_update: LocalUpdate = private_update,
+    clipped: OwnSum = own_sum,
     step: Advance = advance,
     choose: Callable[[ComputeSection], Compute] = choose_compute,
 ) -> Iterator[Hospital]:
@@ -88,6 +89,7 @@ def open_hospital(
                     noise,
                     stop,
                     local_update=local_update,
+                    clipped=clipped,
                     step=step,
                     is_time=site.config.policy.is_within_hours,
                 )

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medfed.client.approved import Approved
+from medfed.client.local_optimizer import local_rule
 from medfed.client.noise_beside import drawn_beside
 from medfed.client.trainer import gradient_sum
 from medfed.errors import LocalProtocolError
@@ -27,22 +28,41 @@ from medfed.study import LocalSteps
 Noise = Callable[[bytes, float, int], NDArray[np.int64]]
 # (study and patients, the round's weights float32[d], where keys come from, the noise) -> the update float64[d]
 LocalUpdate = Callable[[Approved, NDArray[np.float32], Entropy, Noise], NDArray[np.float64]]
+# (study and patients, weights float32[d], 64 fresh bytes to sample with) -> the clipped sum float64[d], the caller's to keep
+OwnSum = Callable[[Approved, NDArray[np.float32], bytes], NDArray[np.float64]]
 
 
-def noised_sum(approved: Approved, weights: NDArray[np.float32], entropy: Entropy, noise: Noise) -> NDArray[np.int64]:
+def own_sum(approved: Approved, weights: NDArray[np.float32], sampling_key: bytes) -> NDArray[np.float64]:
+    """``gradient_sum`` of this hospital's patients: float64[d]."""
+    return gradient_sum(
+        approved.study,
+        approved.model,
+        weights,
+        approved.patients,
+        sampling_key=sampling_key,
+        compute=approved.compute,
+        expected=expected_patients(approved),
+    )
+
+
+def expected_patients(approved: Approved) -> float:
+    """In one step at this hospital, by the number it declared: public, whatever the true number is."""
+    return approved.study.privacy.sampling_rate * approved.nominal_patients
+
+
+def noised_sum(
+    approved: Approved,
+    weights: NDArray[np.float32],
+    entropy: Entropy,
+    noise: Noise,
+    clipped: OwnSum = own_sum,
+) -> NDArray[np.int64]:
     """Clipped sum at ``weights`` -> saturated integers + fresh integer noise, never clipped again: int64[d], in units of
-    2^-noise_exponent. One privacy event: sampling and noise are drawn anew at every call."""
+    2^-noise_exponent. One privacy event: sampling and noise are drawn anew at every call. ``clipped``: for simulations."""
     plan = approved.plan
     sampling_key, noise_key = entropy.draw("sampling", 64), entropy.draw("noise", 32)
     with drawn_beside(lambda: noise(noise_key, plan.noise_sd, plan.words), plan.words) as drawn:
-        total = gradient_sum(
-            approved.study,
-            approved.model,
-            weights,
-            approved.patients,
-            sampling_key=sampling_key,
-            compute=approved.compute,
-        )
+        total = clipped(approved, weights, sampling_key)
         integers = quantize(total, plan.noise_exponent, plan.noise_limit, out=total.view(np.int64))
         integers += drawn.take()
     return integers
@@ -57,17 +77,19 @@ def private_update(
     rate: public, whatever the true number is. Arithmetic need not repeat elsewhere: nobody else does these steps. Rates so
     absurd that it overflows give an update that is not finite: noised sums and public numbers alone decide that.
     """
-    local = local_steps(approved)
-    expected = approved.study.privacy.sampling_rate * approved.nominal_patients
+    local, plan = local_steps(approved), approved.plan
+    expected = expected_patients(approved)
+    rule = local_rule(local.step, (plan.noise_sd * 2.0**-plan.noise_exponent) ** 2 / expected / expected)
     start = weights.astype(np.float64)
     at = start.copy()
     with np.errstate(over="ignore", invalid="ignore"):
         for _ in range(local.steps):
             integers = noised_sum(approved, at.astype(np.float32), entropy, noise)
-            gradient = dequantize(integers, approved.plan.noise_exponent) / expected
+            step = rule(dequantize(integers, plan.noise_exponent) / expected)
             if local.proximal:
-                gradient += local.proximal * (at - start)
-            at -= local.learning_rate * gradient
+                # beside the rule: it must not grow with the rule's momentum or scale
+                step += local.proximal * (at - start)
+            at -= local.learning_rate * step
         return at - start
 
 

@@ -49,6 +49,7 @@ class Advance(Protocol):
         grid_exponent: int,
         nominal_patients: int,
         roster_patients: int | None = None,
+        noise_variance: float | None = None,
     ) -> ModelState: ...
 
 
@@ -125,7 +126,13 @@ class ModelKeeper:
         exponent = plan.grid_exponent(state.completed_rounds)
         everybody = self._approved.roster.patients_at_start(study)
         return self._step(
-            state, integers, study, grid_exponent=exponent, nominal_patients=nominal, roster_patients=everybody
+            state,
+            integers,
+            study,
+            grid_exponent=exponent,
+            nominal_patients=nominal,
+            roster_patients=everybody,
+            noise_variance=plan.noise_variance(len(released.survivors)),
         )
 
     def take(self, request: StateTransfer) -> None:

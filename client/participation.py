@@ -22,7 +22,15 @@ from numpy.typing import NDArray
 from medfed.advance import ModelState, advance, is_before_metrics, is_before_statistics, task_hash
 from medfed.client.approved import Approved
 from medfed.client.ledger import AttemptState, Caps, Ledger, StudyState
-from medfed.client.local_steps import LocalUpdate, Noise, noised_sum, private_update, weighted_words
+from medfed.client.local_steps import (
+    LocalUpdate,
+    Noise,
+    OwnSum,
+    noised_sum,
+    own_sum,
+    private_update,
+    weighted_words,
+)
 from medfed.client.metrics import metrics_sum
 from medfed.client.model_keeper import Advance, ModelKeeper, Released
 from medfed.client.refusal import Refuse
@@ -74,13 +82,14 @@ class Participation:
         stop: threading.Event | None = None,
         *,
         local_update: LocalUpdate = private_update,
+        clipped: OwnSum = own_sum,
         step: Advance = advance,
         is_time: Callable[[float], bool] = lambda _: True,
     ) -> None:
         """``stop``: ends a wait for a slot early; the reply is then not sent, but lies in the outbox.
 
         ``is_time``: whether the hospital takes part at a wall time; else it asks to be asked later, with nothing spent.
-        ``noise``, ``local_update`` and ``step`` (the server step) are arguments for simulations' sake.
+        ``noise``, ``local_update``, ``clipped`` and ``step`` (the server step) are arguments for simulations' sake.
         """
         self.approved = approved
         self.study_hash = approved.study.hash()
@@ -91,6 +100,7 @@ class Participation:
         self._seams = seams
         self._noise = noise
         self._local_update = local_update
+        self._clipped = clipped
         self._stop = stop
         self._is_time = is_time
         self._session = b""
@@ -322,7 +332,7 @@ class Participation:
                 approved, self._local_update(approved, state.weights, entropy, self._noise), entropy
             )
         else:
-            vector = noised_sum(self._training_at(state), state.weights, entropy, self._noise)
+            vector = noised_sum(self._training_at(state), state.weights, entropy, self._noise, self._clipped)
         missing = self.approved.plan.ring_words - len(vector)  # all vectors of a study are of one length
         return np.pad(vector, (0, missing)) if missing else vector
 

@@ -95,12 +95,14 @@ class ComputeSection(StrictModel):
     """What gradients of deep models may use. ``device``: ``auto`` is CUDA where it is usable, else the processor.
 
     ``memory_gib``: most of a GPU's memory that this process takes, and least that must be free when it starts. ``engine``: what
-    takes gradients record by record; ``auto`` is Opacus, the only one there is.
+    takes gradients patient by patient; ``auto`` is medfed's own, where it knows all layers of a model. ``precision``: what it
+    computes products and convolutions of deep models in; norms and sums are float32 or wider in any case.
     """
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:[0-9]{1,2})$")] = "auto"
     memory_gib: Annotated[float, Field(gt=0, le=4096)] | None = None
     engine: Literal["auto", "opacus"] = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
 
 
 class Policy(StrictModel):

@@ -125,7 +125,8 @@ max_records_per_patient = 1000       # largest cap a study may ask for
 # [compute]                          # for images, series and texts; tables stay on the processor
 # device = "auto"                    # a CUDA GPU where it is usable, else the processor; or "cpu", "cuda", "cuda:1"
 # memory_gib = 8.0                   # most of the GPU's memory to take, and least that must be free
-# engine = "auto"                    # what takes gradients record by record: "opacus", the only one there is
+# engine = "auto"                    # whose gradients patient by patient: medfed's own where it can, else Opacus's; or "opacus"
+# precision = "float32"              # "bfloat16": products in half the bits; norms and sums stay as they are
 
 # [health]                           # for probes (gRPC health service): says serving or not, and nothing else
 # address = "127.0.0.1:8081"

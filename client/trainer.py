@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +16,11 @@ from medfed.client.compute import Compute
 from medfed.models import catalogue, parameters, tasks
 from medfed.models.records import Records
 from medfed.models.separability import require_separable
+from medfed.privacy.gradients.engine import Engine
 from medfed.privacy.gradients.fixed_batches import clipped_sum_in_fixed_batches
+from medfed.privacy.gradients.layers import without_rule
 from medfed.privacy.gradients.opacus_engine import clipped_sum
-from medfed.privacy.gradients.slot_test import Examples, settle_batch
+from medfed.privacy.gradients.slot_test import MANY, Examples, settle_batch, settle_taped_batch
 from medfed.privacy.keystream import Keystream
 from medfed.privacy.sampling import poisson_mask
 from medfed.study import Study
@@ -37,6 +40,10 @@ class Patients:
     count: int
 
 
+Part = tuple[Patients, NDArray[np.int64]]
+"""Patients of one hospital and the rows chosen of them, as ``chosen_rows`` gives them."""
+
+
 def number_patients(study: Study, records: Records) -> Patients:
     """Number the units of privacy in order of first appearance of their sorted ids."""
     if study.privacy.unit == "record":
@@ -53,65 +60,155 @@ def gradient_sum(
     *,
     sampling_key: bytes,
     compute: Compute | None = None,
+    expected: float = 0.0,
 ) -> NDArray[np.float64]:
     """Sum over sampled patients of each one's mean gradient, clipped to the study's norm: float64[d].
 
-    Each patient is in with probability ``sampling_rate``, independently (secret coins from ``sampling_key``,
-    64 fresh bytes). Of a patient with more records than the study's cap a fresh random subset of that size is used. No
-    patient sampled gives zeros: the caller adds noise all the same. ``compute``: for deep models; without it the processor,
-    with a batch tried out anew. Raises ``UnsupportedModel`` (MF-160) for a model not known to keep patients apart.
+    ``sampling_key``: as for ``chosen_rows``. No patient sampled gives zeros: the caller adds noise all the same.
+    ``compute``, ``expected``, ``Raises``: as for ``sums_of``.
     """
-    require_separable(model)
+    total: NDArray[np.float64]
+    part = (patients, chosen_rows(study, patients, sampling_key))
+    (total,) = sums_of(study, model, weights, [part], compute, expected)
+    return total
+
+
+def chosen_rows(study: Study, patients: Patients, sampling_key: bytes) -> NDArray[np.int64]:
+    """The records to use in one step, those of one patient together and the patients in a secret random order: int64[k].
+
+    Each patient is in with probability ``sampling_rate``, independently (secret coins from ``sampling_key``, 64 fresh
+    bytes). Of a patient with more records than the study's cap a fresh random subset of that size is used. In a random order
+    one patient more or less changes what stands in two batches, not in all (``privacy/gradients/engine.py``).
+    """
     sampled = poisson_mask(sampling_key[:32], patients.count, study.privacy.sampling_rate)
     lots = Keystream(sampling_key[32:])
     keep = sampled[patients.unit] & _within_cap(patients, study.data.max_records_per_patient, lots)
-    chosen = np.flatnonzero(keep)
-    at_weights = copy.deepcopy(model)
-    parameters.assign(at_weights, weights)
-    if catalogue.is_rowwise(study):
-        return _rowwise_sum(study, at_weights, patients, chosen)
-    compute = compute or Compute()
-    return compute.run(lambda device: _deep_sum(study, at_weights, patients, chosen, compute, device))
+    rows = np.flatnonzero(keep)
+    turns = lots.words(patients.count)[patients.unit[rows]]
+    return rows[np.lexsort((patients.unit[rows], turns))]
 
 
-def _rowwise_sum(study: Study, model: nn.Module, patients: Patients, chosen: NDArray[np.int64]) -> NDArray[np.float64]:
-    # float64: what is left of rounding (norms, factors, the order of adding patients up) is far inside the clip's margin
-    return clipped_sum(
-        model.double(),
-        tasks.losses(study.task),
-        torch.from_numpy(patients.records.inputs[chosen].astype(np.float64)),
-        torch.from_numpy(patients.records.labels[chosen]),
-        patients.unit[chosen],
-        patients.count,
-        study.privacy.clipping_norm,
-    )
-
-
-def _deep_sum(
+def sums_of(
     study: Study,
     model: nn.Module,
-    patients: Patients,
-    chosen: NDArray[np.int64],
+    weights: NDArray[np.float32],
+    parts: Sequence[Part],
+    compute: Compute | None = None,
+    expected: float = 0.0,
+) -> NDArray[np.float64]:
+    """For each of ``parts``, patients and the rows chosen of them, the sum of clipped gradients: float64[parts, d].
+
+    A hospital has one part; a simulation works out those of many hospitals in the same batches. ``compute``: without it the
+    processor, with a batch tried out anew. ``expected``: patients expected in the step, a public number; with many of them
+    larger batches may pay. Raises ``UnsupportedModel`` (MF-160) for a model not known to keep patients apart.
+    """
+    require_separable(model)
+    compute = compute or Compute()
+    lacking = without_rule(model)
+    if lacking is not None and compute.engine == "bookkeeping":
+        log.warning("%s: %s is unknown to the gradient engine: Opacus, slower", study.study.name, lacking)
+    sums = _sums if compute.engine == "bookkeeping" and lacking is None else _sums_by_opacus
+    if catalogue.is_rowwise(study):
+        # such small models stay on the processor
+        return sums(study, model, weights, parts, compute, expected, torch.device("cpu"))
+    return compute.run(lambda device: sums(study, model, weights, parts, compute, expected, device))
+
+
+def _sums(
+    study: Study,
+    model: nn.Module,
+    weights: NDArray[np.float32],
+    parts: Sequence[Part],
     compute: Compute,
+    expected: float,
     device: torch.device,
 ) -> NDArray[np.float64]:
-    """float32 on the device, in the physical batch that was tried out for this study's form in this process."""
-    losses = tasks.losses(study.task)
-    form = _form(study, device)
-    if form not in compute.batches:
-        compute.batches[form] = settle_batch(model, losses, _examples(study), device=device)
-        log.info("%s: physical batches of %d records on %s", study.study.name, compute.batches[form], device)
-    return clipped_sum_in_fixed_batches(
-        model,
-        losses,
-        torch.from_numpy(patients.records.inputs),
-        torch.from_numpy(patients.records.labels),
-        patients.unit,
-        chosen,
+    """By the gradient engine, which is kept for the next step: of tables in float64, where rounding is far below the margin."""
+    are_many = expected >= MANY
+    form = f"{_form(study, device)}\n{are_many}"
+    try:
+        engine = compute.engines.setdefault(form, []).pop()
+    except IndexError:  # the first, or all are at work in other threads
+        own = copy.deepcopy(model).double() if catalogue.is_rowwise(study) else model
+        losses, dtype = tasks.losses(study.task), compute.dtype_of(own)
+        if form not in compute.batches:
+            compute.batches[form] = settle_taped_batch(
+                own,
+                losses,
+                _examples(study, next(own.parameters()).dtype),
+                device=device,
+                dtype=dtype,
+                most_records=study.data.max_records_per_patient,
+                are_many=are_many,
+            )
+            log.info("%s: physical batches of %d records on %s", study.study.name, compute.batches[form], device)
+        engine = Engine(own, losses, device, dtype)
+    engine.load(weights)
+    inputs, labels, owners, segments = _joined(parts, double=catalogue.is_rowwise(study))
+    sums, _ = engine.clipped_sums(
+        inputs,
+        labels,
+        owners,
+        np.arange(len(owners)),
+        segments,
+        len(parts),
         study.privacy.clipping_norm,
         batch=compute.batches[form],
-        device=device,
     )
+    compute.engines[form].append(engine)
+    return sums
+
+
+def _sums_by_opacus(
+    study: Study,
+    model: nn.Module,
+    weights: NDArray[np.float32],
+    parts: Sequence[Part],
+    compute: Compute,
+    expected: float,
+    device: torch.device,
+) -> NDArray[np.float64]:
+    """By Opacus's gradients of each record: of tables in float64, of deep models in batches of one size tried out before."""
+    losses, clipping_norm = tasks.losses(study.task), study.privacy.clipping_norm
+    model = copy.deepcopy(model)
+    parameters.assign(model, weights)
+    is_rowwise, form, each = catalogue.is_rowwise(study), _form(study, device), []
+    if not is_rowwise and form not in compute.batches:
+        compute.batches[form] = settle_batch(model, losses, _examples(study), device=device)
+        log.info("%s: physical batches of %d records on %s, by Opacus", study.study.name, compute.batches[form], device)
+    for part in parts:
+        inputs, labels, owners, _ = _joined([part], double=is_rowwise)
+        if is_rowwise:
+            found = clipped_sum(model.double(), losses, inputs, labels, owners, part[0].count, clipping_norm)
+        else:
+            rows = np.arange(len(owners))
+            found = clipped_sum_in_fixed_batches(
+                model,
+                losses,
+                inputs,
+                labels,
+                owners,
+                rows,
+                clipping_norm,
+                batch=compute.batches[form],
+                device=device,
+            )
+        each.append(found)
+    return np.stack(each)
+
+
+def _joined(
+    parts: Sequence[Part], *, double: bool
+) -> tuple[torch.Tensor, torch.Tensor, NDArray[np.int64], NDArray[np.int64]]:
+    """The chosen records of all parts one after the other: inputs, labels, whose they are, numbered anew, and of which part."""
+    inputs = torch.from_numpy(np.concatenate([patients.records.inputs[chosen] for patients, chosen in parts]))
+    labels = torch.from_numpy(np.concatenate([patients.records.labels[chosen] for patients, chosen in parts]))
+    before = np.cumsum([0, *(patients.count for patients, _ in parts)])
+    owners = np.concatenate(
+        [patients.unit[chosen] + start for (patients, chosen), start in zip(parts, before, strict=False)]
+    )
+    segments = np.repeat(np.arange(len(parts)), [len(chosen) for _, chosen in parts])
+    return (inputs.double() if double else inputs), labels, owners, segments
 
 
 def _form(study: Study, device: torch.device) -> str:
@@ -120,7 +217,7 @@ def _form(study: Study, device: torch.device) -> str:
     return "\n".join([model, study.data.model_dump_json(), study.task.model_dump_json(), str(device)])
 
 
-def _examples(study: Study) -> Examples:
+def _examples(study: Study, dtype: torch.dtype = torch.float32) -> Examples:
     """Made-up records of a study's form; of series and texts the last steps are padding, as many as chance has it."""
 
     def draw(generator: torch.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,7 +225,7 @@ def _examples(study: Study) -> Examples:
         if study.data.text is not None:
             inputs = torch.empty(shape, dtype=torch.int64).random_(1, study.data.text.buckets + 1, generator=generator)
         else:
-            inputs = torch.empty(shape).normal_(generator=generator)
+            inputs = torch.empty(shape).normal_(generator=generator).to(dtype)
         if study.data.kind in ("series", "text"):
             ends = torch.empty(count, 1, dtype=torch.int64).random_(1, shape[1] + 1, generator=generator)
             inputs[torch.arange(shape[1]) >= ends] = 0

@@ -7,12 +7,14 @@ is fused. What is kept is float32, rounded once a step; blocks of ``BLOCK`` para
 no bit, as no parameter looks at another. Arrays that a study has no use for are empty. Schedules are tables of the study.
 Golden hashes in the tests hold every step to this.
 
-*Source*: heavy-ball momentum (Polyak 1964); Adam (Kingma and Ba 2015, algorithm 1); FedAdagrad, FedYogi, FedAdam (Reddi et
-al. 2021, arXiv:2003.00295, algorithm 2); averaging of the last iterates (Polyak and Juditsky 1992).
+*Source*: heavy-ball momentum (Polyak 1964); Adam (Kingma and Ba 2015, algorithm 1); DP-AdamBC (Tang, Panchal, Lecuyer 2024,
+arXiv:2312.14334, algorithm 1); FedAdagrad, FedYogi, FedAdam (Reddi et al. 2021, arXiv:2003.00295, algorithm 2); averaging of
+the last iterates (Polyak and Juditsky 1992), or of all with exponential weights (De et al. 2022, arXiv:2204.13650).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medfed import metrics, standardization
-from medfed.errors import RemoteProtocolError
-from medfed.study import Adam, FedAdagrad, FedYogi, Momentum, ServerStep, Study
+from medfed.errors import LocalProtocolError, RemoteProtocolError
+from medfed.study import Adam, DpAdamBC, FedAdagrad, FedYogi, Momentum, ServerStep, Study, Training
 from medfed.wire import enc
 
 BLOCK = 1 << 16  # parameters worked on at once: half a megabyte an array of float64
@@ -40,7 +42,8 @@ class ModelState:
     """The state after ``completed_rounds`` rounds. Arrays are float32[d], read-only; float32[0] where a study needs none.
 
     ``first`` and ``second`` are the server step's moments; ``tail`` is the running sum of the weights after each of the
-    last ``average_last_rounds`` rounds, kept where those are more than one. ``statistics``: float32[2f], shift and stretch of
+    last ``average_last_rounds`` rounds, kept where those are more than one; or with ``ema_decay`` the moving average, begun at
+    0 and not corrected for it. ``statistics``: float32[2f], shift and stretch of
     the standardised inputs, where the study asks for them; the round that finds them is the first and changes nothing else.
     ``metrics``: float32[m], the noised cells of held-out patients, where the study asks for them; likewise of the last round.
     """
@@ -86,7 +89,7 @@ class _Layout:
 
 def _layout(study: Study) -> _Layout:
     rule = study.training.server_step
-    tail = study.training.average_last_rounds > 1
+    tail = study.training.average_last_rounds > 1 or study.training.ema_decay is not None
     few = (2 * standardization.count(study), metrics.words(study))
     if isinstance(rule, Momentum):
         return _Layout(rule.momentum > 0.0, False, tail, *few)
@@ -96,7 +99,7 @@ def _layout(study: Study) -> _Layout:
 def first_state(weights: NDArray[np.float32], study: Study) -> ModelState:
     """The state before round 1, from the first model's weights float32[d], which are copied."""
     layout, rule, size = _layout(study), study.training.server_step, weights.size
-    start = 0.0 if isinstance(rule, Momentum | Adam) else rule.tau * rule.tau
+    start = 0.0 if isinstance(rule, Momentum | Adam | DpAdamBC) else rule.tau * rule.tau
     return ModelState(
         completed_rounds=0,
         weights=weights.astype(np.float32),
@@ -127,10 +130,13 @@ def advance(
     grid_exponent: int,
     nominal_patients: int,
     roster_patients: int | None = None,
+    noise_variance: float | None = None,
 ) -> ModelState:
     """One server step. ``total``: signed integers [d or more], the exact sum of the surviving hospitals' vectors in units of
     2^-grid_exponent; what is longer than the model is not read. ``nominal_patients``: declared by the survivors;
-    ``roster_patients``: by all in the roster that the study began with (None: all survived).
+    ``roster_patients``: by all in the roster that the study began with (None: all survived). ``noise_variance``: of the noise in
+    each coordinate of ``total``, in squared units of its grid, which all sides know (``Plan.noise_variance``); only DP-AdamBC
+    asks for it. Raises MF-900 where it asks in vain.
 
     Every rule descends: it takes the mean gradient, or minus the mean update, which is Reddi's pseudo-gradient. So plain
     averaging of updates (FedAvg) is momentum 0 with rate 1. Values beyond float32 become infinite: the run then fails.
@@ -145,8 +151,12 @@ def advance(
     number = state.completed_rounds + 1 - (study.statistics is not None)
     rule = study.training.server_step
     rate = study.training.learning_rate(number)
-    averaged = number > study.training.rounds - study.training.average_last_rounds
     scale = divisor(study, nominal_patients, roster_patients or nominal_patients)
+    variance = 0.0
+    if isinstance(rule, DpAdamBC):
+        if noise_variance is None:
+            raise LocalProtocolError(900, "a server step without the variance of its noise", "please report this")
+        variance = noise_variance * 2.0 ** (-2 * grid_exponent) / scale / scale
     sign = -1.0 if study.training.aggregate == "update" else 1.0
     weights, first, second, tail = (np.empty_like(each) for each in _arrays(state))
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
@@ -154,15 +164,15 @@ def advance(
             part = slice(start, min(start + BLOCK, weights.size))
             gradient = sign * (total[part].astype(np.float64) * 2.0**-grid_exponent / scale)
             moments = (state.first[part].astype(np.float64), state.second[part].astype(np.float64))
-            one, two, step = _moved(rule, gradient, *moments, number)
+            one, two, step = _moved(rule, gradient, *moments, number, variance)
             if first.size:
                 first[part] = one
             if second.size:
                 second[part] = two
             weights[part] = state.weights[part].astype(np.float64) - rate * step
             if tail.size:
-                before = state.tail[part].astype(np.float64)
-                tail[part] = before + weights[part].astype(np.float64) if averaged else before
+                before, now = state.tail[part].astype(np.float64), weights[part].astype(np.float64)
+                tail[part] = _averaged(study.training, before, now, number)
     return ModelState(state.completed_rounds + 1, weights, first, second, tail, state.statistics, state.metrics)
 
 
@@ -177,18 +187,21 @@ def is_before_metrics(study: Study, state: ModelState) -> bool:
 
 
 def _moved(
-    rule: ServerStep, gradient: Floats, first: Floats, second: Floats, number: int
+    rule: ServerStep, gradient: Floats, first: Floats, second: Floats, number: int, noise_variance: float
 ) -> tuple[Floats, Floats, Floats]:
-    """One rule on one block, all float64: (first, second, step). A moment that the rule does not keep is empty."""
+    """One rule on one block, all float64: (first, second, step). A moment that the rule does not keep is empty.
+    ``noise_variance``: of ``gradient``."""
     if isinstance(rule, Momentum):
         velocity = rule.momentum * first + gradient if first.size else gradient
         return velocity, second, velocity
     first = rule.beta1 * first + (1.0 - rule.beta1) * gradient
     square = gradient * gradient
-    if isinstance(rule, Adam):
+    if isinstance(rule, Adam | DpAdamBC):
         second = rule.beta2 * second + (1.0 - rule.beta2) * square
         unbiased_first = first / (1.0 - _power(rule.beta1, number))
         unbiased_second = second / (1.0 - _power(rule.beta2, number))
+        if isinstance(rule, DpAdamBC):
+            return first, second, unbiased_first / np.sqrt(np.maximum(unbiased_second - noise_variance, rule.floor))
         return first, second, unbiased_first / (np.sqrt(unbiased_second) + rule.stabilizer)
     # algorithm 2 of Reddi et al.: the second moment began at tau^2, and neither is corrected for its start
     if isinstance(rule, FedAdagrad):
@@ -200,6 +213,14 @@ def _moved(
     return first, second, first / (np.sqrt(second) + rule.tau)
 
 
+def _averaged(training: Training, before: Floats, weights: Floats, number: int) -> Floats:
+    """What ``tail`` becomes in the training's round ``number``, float64."""
+    if training.ema_decay is not None:
+        return training.ema_decay * before + (1.0 - training.ema_decay) * weights
+    return before + weights if number > training.rounds - training.average_last_rounds else before
+
+
+@functools.lru_cache(maxsize=16)
 def _power(base: float, exponent: int) -> float:
     """``base ** exponent`` by multiplication in order: the C library's pow is not the same everywhere."""
     result = 1.0
@@ -209,7 +230,8 @@ def _power(base: float, exponent: int) -> float:
 
 
 def released_weights(state: ModelState, study: Study) -> NDArray[np.float32]:
-    """The model that is released, float32[d]: the mean over the last rounds once all are done, else the weights.
+    """The model that is released, float32[d]: the mean over the last rounds, or the moving average, once all are done; else the
+    weights.
 
     It takes plain encoded inputs, whatever statistics it was trained with.
     """
@@ -220,10 +242,13 @@ def released_weights(state: ModelState, study: Study) -> NDArray[np.float32]:
 def _trained_weights(state: ModelState, study: Study) -> NDArray[np.float32]:
     if state.completed_rounds < study.sums_to_train or not state.tail.size:
         return state.weights
-    released = np.empty_like(state.weights)
+    training, released = study.training, np.empty_like(state.weights)
+    decay, share = training.ema_decay, float(training.average_last_rounds)
+    if decay is not None:
+        share = 1.0 - _power(decay, training.rounds)  # the average began at 0
     for start in range(0, released.size, BLOCK):
         part = slice(start, start + BLOCK)
-        released[part] = state.tail[part].astype(np.float64) / float(study.training.average_last_rounds)
+        released[part] = state.tail[part].astype(np.float64) / share
     return released
 
 

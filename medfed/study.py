@@ -10,11 +10,12 @@ import datetime
 import hashlib
 import itertools
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from medfed.coupling import refuse_coupling
 from medfed.data_contract import Column, DataContract, Finite, NumericFeature, Scale
@@ -78,6 +79,21 @@ class Adam(StrictModel):
 
 
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class DpAdamBC(StrictModel):
+    """Adam whose second moment is corrected for the noise (Tang, Panchal, Lecuyer 2024, arXiv:2312.14334, algorithm 1).
+
+    w = w - rate * m / sqrt(max(v - variance of the noise, floor)), with m and v Adam's moments, corrected for their start. The
+    variance is public: of a coordinate of the mean that the step is made of. ``floor``: in squared units of that mean.
+    """
+
+    kind: Literal["dp-adambc"]
+    beta1: Decay
+    beta2: Decay
+    floor: Annotated[float, Field(ge=1e-18, le=1.0)]
+
+
 Tau = Annotated[float, Field(ge=1e-9, le=1.0)]
 
 
@@ -110,13 +126,21 @@ class FedAdam(StrictModel):
     tau: Tau
 
 
-ServerStep = Momentum | Adam | FedAdagrad | FedYogi | FedAdam
+ServerStep = Momentum | Adam | DpAdamBC | FedAdagrad | FedYogi | FedAdam
+LocalStep = Momentum | DpAdamBC
+
+
+def _without_unset(values: dict[str, Any], later: str) -> dict[str, Any]:
+    """What a study says without key ``later`` where it is unset: keys that came after studies had been approved are left out
+    then, so that these keep their hash."""
+    return {key: value for key, value in values.items() if key != later or value is not None}
 
 
 class LocalSteps(StrictModel):
     """What a hospital does in a round of ``aggregate = "update"``: so many private gradient steps of its own.
 
-    Every step is one privacy event. ``proximal``: FedProx's mu, the pull back to the round's first weights; 0 for none.
+    Every step is one privacy event. ``step``: how it follows the noised gradient; None: along it. Its moments begin anew in
+    every round. ``proximal``: FedProx's mu, the pull back to the round's first weights; 0 for none.
     ``sum_range`` bounds a coordinate of one step's clipped sum: beyond it the sum saturates before the noise. A study has
     it; of a task's recipe it is left out, as it depends on the hospitals.
     """
@@ -125,6 +149,33 @@ class LocalSteps(StrictModel):
     learning_rate: Annotated[float, Field(gt=0.0, le=1e6)]
     proximal: Annotated[float, Field(ge=0.0, le=1e6)]
     sum_range: Annotated[float, Field(gt=0.0, le=1e9)] | None = None
+    step: Annotated[LocalStep, Field(discriminator="kind")] | None = None
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_unset(handler(self), "step")
+
+    @property
+    def longest_step(self) -> float:
+        """At most so many times as long as the largest gradient of a round is a step before its rate, in each coordinate."""
+        if self.step is None:
+            return 1.0
+        if isinstance(self.step, Momentum):
+            return min(float(self.steps), 1.0 / (1.0 - self.step.momentum))
+        return 1.0 / math.sqrt(self.step.floor)  # the first moment is a weighted mean of gradients
+
+    @property
+    def noise_spread(self) -> float | None:
+        """Standard deviation of where noise alone leads in a round at rate 1, in those of one gradient's noise.
+
+        None where that depends on the data: DP-AdamBC scales by what it sees.
+        """
+        if isinstance(self.step, DpAdamBC):
+            return None
+        decay = 0.0 if self.step is None else self.step.momentum
+        # a step's noise is in the velocities that follow as well
+        reach = ((1.0 - decay**left) / (1.0 - decay) for left in range(1, self.steps + 1))
+        return math.sqrt(math.fsum(each * each for each in reach))
 
     @model_validator(mode="after")
     def _stays_finite(self) -> LocalSteps:
@@ -137,8 +188,9 @@ class Training(StrictModel):
     """``learning_rates`` is a table of [first round, rate] of the server step; rounds count from 1.
 
     ``aggregate``: what is summed in a round, one clipped gradient sum, or the updates of ``local`` steps at the hospitals.
-    The released model is the mean of the weights after each of the last ``average_last_rounds`` rounds. Noise is
-    calibrated for ``rounds + spare_attempts`` attempts: a round that is lost after an upload costs a spare.
+    The released model is the mean of the weights after each of the last ``average_last_rounds`` rounds; with ``ema_decay`` the
+    exponential moving average of those after each round, in which a round counts ``ema_decay`` times what the next one does.
+    Noise is calibrated for ``rounds + spare_attempts`` attempts: a round that is lost after an upload costs a spare.
     """
 
     aggregate: Literal["gradient", "update"]
@@ -148,6 +200,22 @@ class Training(StrictModel):
     average_last_rounds: Annotated[int, Field(ge=1, le=100_000)]
     server_step: Annotated[ServerStep, Field(discriminator="kind")]
     local: LocalSteps | None = None
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_unset(handler(self), "ema_decay")
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Training:
+        if self.ema_decay is not None and self.average_last_rounds != 1:
+            raise ValueError("ema_decay averages over all rounds: it needs average_last_rounds = 1")
+        if self.aggregate == "update" and isinstance(self.server_step, DpAdamBC):
+            raise ValueError(
+                'server_step "dp-adambc" is for aggregate = "gradient": how much noise is in an update depends on the data; '
+                "use it in [training.local]"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_local_steps(self) -> Training:

@@ -3,10 +3,11 @@
 The channels are those of ``medfed.data_contract.Series``: variables, whether each was observed, whether the step lies
 inside the stay, features. A step outside the stay leaves the state as it is, to the last bit.
 
-Each layer's recurrence is one autograd function that runs through time by hand, both ways. Beside it the linear layer of
-the states sees all states of the series at once: its result is used by nobody, but the gradient that reaches it is that
-of each step's gates, so its weight gets the gradient of backpropagation through time. To whoever takes gradients record
-by record, a recurrent layer is thereby two linear layers over a sequence, and none that is called anew at every step.
+Each layer's recurrence runs through time by hand, both ways (``medfed.recurrence``). Beside it the linear layer of the
+states sees all states of the series at once: its result is used by nobody, but the gradient that reaches it is that of
+each step's gates, so its weight gets the gradient of backpropagation through time. To whoever takes gradients record by
+record through hooks, a recurrent layer is thereby two linear layers over a sequence, and none that is called anew at every
+step. A tape gets the same terms without that product.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from medfed.models.head import linear_from_zero
+from medfed.recurrence import Cell, Weights, run, taped
+from medfed.recurrent_steps import Pass
+from medfed.tape import Tape
 
 
 class Recurrent(nn.Module):
@@ -79,185 +83,72 @@ def summarise(series: Tensor, variables: int) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-class LstmLayer(nn.Module):
+class _Layer(nn.Module):
+    """One layer in one direction; ``by_input`` holds the bias, which a recurrence needs once."""
+
+    cell: Cell
+
+    def __init__(self, inputs: int, hidden_size: int, gates: int) -> None:
+        super().__init__()
+        self.by_input = nn.Linear(inputs, gates * hidden_size)
+        self.by_state = nn.Linear(hidden_size, gates * hidden_size, bias=False)
+        _begin(self.by_input, self.by_state, gates)
+
+    def forward(self, inputs: Tensor, inside: Tensor) -> Tensor:
+        by_input = self.by_input(inputs)
+        # of one record, too, a copy: it is written over
+        gates = by_input.detach().transpose(0, 1).clone(memory_format=torch.contiguous_format)
+        made = run(self.cell, gates, self.by_state.weight.detach(), inside=inside)
+        by_state = self.by_state(made.before)
+        result: Tensor = _Made.apply(by_input, by_state, made)  # type: ignore[no-untyped-call]
+        return result
+
+    def taped_forward(self, tape: Tape, inputs: Tensor, inside: Tensor) -> Tensor:
+        """As ``forward``, for whoever takes gradients by record (``medfed/tape.py``)."""
+        weights = Weights(self.by_input.weight, self.by_state.weight, self.by_input.bias)  # type: ignore[arg-type]
+        return taped(self.cell, tape, inputs, weights, inside)[0]
+
+
+class LstmLayer(_Layer):
     """float[n, steps, inputs], inside bool[n, steps] -> states float[n, steps, h] (Hochreiter and Schmidhuber 1997).
 
     Gates in the order input, forget, candidate, output; one bias, of the forget gate begun at 1 (Jozefowicz et al. 2015).
     """
 
+    cell = "lstm"
+
     def __init__(self, inputs: int, hidden_size: int) -> None:
-        super().__init__()
-        self.by_input = nn.Linear(inputs, 4 * hidden_size)
-        self.by_state = nn.Linear(hidden_size, 4 * hidden_size, bias=False)
-        _begin(self.by_input, self.by_state, gates=4)
+        super().__init__(inputs, hidden_size, gates=4)
         with torch.no_grad():
             self.by_input.bias[hidden_size : 2 * hidden_size] = 1.0
 
-    def forward(self, inputs: Tensor, inside: Tensor) -> Tensor:
-        by_input = self.by_input(inputs)
-        gates, states, cells = _lstm_run(by_input.detach(), self.by_state.weight.detach(), inside)
-        by_state = self.by_state(states[:-1].transpose(0, 1))
-        weight = self.by_state.weight.detach()
-        result: Tensor = _Lstm.apply(by_input, by_state, weight, inside, gates, states, cells)  # type: ignore[no-untyped-call]
-        return result
 
-
-def _lstm_run(by_input: Tensor, weight: Tensor, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Through time: gates [steps, n, 4 * h] after their functions, states and cells [steps + 1, n, h], from zero."""
-    records, steps, width = by_input.shape
-    hidden = width // 4
-    gates = by_input.transpose(0, 1).clone(memory_format=torch.contiguous_format)  # of one record, too, a copy
-    states = gates.new_zeros(steps + 1, records, hidden)
-    cells = torch.zeros_like(states)
-    keep = inside.T[:, :, None]
-    weight = weight.T.contiguous()
-    for t in range(steps):
-        gate = gates[t].addmm_(states[t], weight)
-        gate[:, : 2 * hidden].sigmoid_()
-        gate[:, 3 * hidden :].sigmoid_()
-        enter, forget, candidate, output = gate.chunk(4, 1)
-        candidate.tanh_()
-        cell = torch.addcmul(forget * cells[t], enter, candidate)
-        torch.where(keep[t], cell, cells[t], out=cells[t + 1])
-        torch.where(keep[t], output * cell.tanh(), states[t], out=states[t + 1])
-    return gates, states, cells
-
-
-class _Lstm(torch.autograd.Function):
-    """The states that ``_lstm_run`` found, and the gradient of each step's gates before their functions."""
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        by_input: Tensor,
-        by_state: Tensor,
-        weight: Tensor,
-        inside: Tensor,
-        gates: Tensor,
-        states: Tensor,
-        cells: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(weight, inside, gates, cells)
-        return states[1:].transpose(0, 1).contiguous()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        weight, inside, gates, cells = ctx.saved_tensors  # type: ignore[attr-defined]
-        enter, forget, candidate, output = gates.chunk(4, 2)
-        keep = inside.T[:, :, None]
-        shown = cells[1:].tanh()
-        # all steps at once: what a cell's or state's gradient is multiplied with to become that of a gate
-        of_cell = torch.cat(
-            [
-                candidate * enter * (1 - enter),
-                cells[:-1] * forget * (1 - forget),
-                enter * (1 - candidate * candidate),
-            ],
-            2,
-        )
-        of_cell = torch.where(keep, of_cell, 0.0).view(*keep.shape[:2], 3, -1)
-        of_output = torch.where(keep, shown * output * (1 - output), 0.0)
-        to_cell = torch.where(keep, output * (1 - shown * shown), 0.0)
-        kept_cell = torch.where(keep, forget, 1.0)
-        kept_state = (~keep).to(gates.dtype)
-        by_gates = torch.empty_like(gates).view(*keep.shape[:2], 4, -1)
-        by_states = gradient.transpose(0, 1)
-        state, cell = torch.zeros_like(cells[0]), torch.zeros_like(cells[0])
-        for t in reversed(range(len(gates))):
-            state = state + by_states[t]
-            cell = torch.addcmul(cell, state, to_cell[t])
-            torch.mul(cell[:, None], of_cell[t], out=by_gates[t, :, :3])
-            torch.mul(state, of_output[t], out=by_gates[t, :, 3])
-            state = torch.addmm(state * kept_state[t], by_gates[t].flatten(1), weight)
-            cell = cell * kept_cell[t]
-        found = by_gates.flatten(2).transpose(0, 1)
-        return found, found, None, None, None, None, None
-
-
-class GruLayer(nn.Module):
+class GruLayer(_Layer):
     """float[n, steps, inputs], inside bool[n, steps] -> states float[n, steps, h] (Cho et al. 2014).
 
     Gates in the order reset, update, candidate; the reset gate multiplies the candidate's product with the state. One bias.
     """
 
+    cell = "gru"
+
     def __init__(self, inputs: int, hidden_size: int) -> None:
-        super().__init__()
-        self.by_input = nn.Linear(inputs, 3 * hidden_size)
-        self.by_state = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
-        _begin(self.by_input, self.by_state, gates=3)
-
-    def forward(self, inputs: Tensor, inside: Tensor) -> Tensor:
-        by_input = self.by_input(inputs)
-        gates, states, recalled = _gru_run(by_input.detach(), self.by_state.weight.detach(), inside)
-        by_state = self.by_state(states[:-1].transpose(0, 1))
-        weight = self.by_state.weight.detach()
-        result: Tensor = _Gru.apply(by_input, by_state, weight, inside, gates, states, recalled)  # type: ignore[no-untyped-call]
-        return result
+        super().__init__(inputs, hidden_size, gates=3)
 
 
-def _gru_run(by_input: Tensor, weight: Tensor, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Through time: gates [steps, n, 3 * h] after their functions, states [steps + 1, n, h] from zero, and what the state
-    gives to the candidate before the reset gate [steps, n, h]."""
-    records, steps, width = by_input.shape
-    hidden = width // 3
-    gates = by_input.transpose(0, 1).clone(memory_format=torch.contiguous_format)  # of one record, too, a copy
-    states = gates.new_zeros(steps + 1, records, hidden)
-    recalled = gates.new_empty(steps, records, hidden)
-    keep = inside.T[:, :, None]
-    weight = weight.T.contiguous()
-    for t in range(steps):
-        by_state = states[t] @ weight
-        recalled[t] = by_state[:, 2 * hidden :]
-        switches = gates[t, :, : 2 * hidden]
-        switches += by_state[:, : 2 * hidden]
-        switches.sigmoid_()
-        reset, update = switches.chunk(2, 1)
-        candidate = gates[t, :, 2 * hidden :].addcmul_(reset, recalled[t]).tanh_()
-        torch.where(keep[t], torch.lerp(candidate, states[t], update), states[t], out=states[t + 1])
-    return gates, states, recalled
-
-
-class _Gru(torch.autograd.Function):
-    """The states that ``_gru_run`` found, and the gradients of both sides of each step's gates before their functions."""
+class _Made(torch.autograd.Function):
+    """The states of a run that has been made, and the gradients of both sides of each step's gates before their functions."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        by_input: Tensor,
-        by_state: Tensor,
-        weight: Tensor,
-        inside: Tensor,
-        gates: Tensor,
-        states: Tensor,
-        recalled: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(weight, inside, gates, states, recalled)
-        return states[1:].transpose(0, 1).contiguous()
+    def forward(ctx: FunctionCtx, by_input: Tensor, by_state: Tensor, made: Pass) -> Tensor:
+        ctx.made = made  # type: ignore[attr-defined]
+        return made.states.clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        weight, inside, gates, states, recalled = ctx.saved_tensors  # type: ignore[attr-defined]
-        reset, update, candidate = gates.chunk(3, 2)
-        keep = inside.T[:, :, None]
-        # all steps at once: what a state's gradient is multiplied with to become that of a gate
-        of_candidate = torch.where(keep, (1 - update) * (1 - candidate * candidate), 0.0)
-        of_update = torch.where(keep, (states[:-1] - candidate) * update * (1 - update), 0.0)
-        of_reset = of_candidate * recalled * reset * (1 - reset)
-        of_recalled = of_candidate * reset
-        factors = torch.stack([of_reset, of_update, of_recalled], 2)
-        kept = torch.where(keep, update, 1.0)
-        by_gates = torch.empty_like(factors)
-        by_states = gradient.transpose(0, 1)
-        summed = torch.empty_like(kept)
-        state = torch.zeros_like(states[0])
-        for t in reversed(range(len(gates))):
-            state = torch.add(state, by_states[t], out=summed[t])
-            torch.mul(state[:, None], factors[t], out=by_gates[t])
-            state = torch.addmm(state * kept[t], by_gates[t].flatten(1), weight)
-        of_inputs = torch.cat([by_gates[:, :, :2].flatten(2), summed * of_candidate], 2)
-        return of_inputs.transpose(0, 1), by_gates.flatten(2).transpose(0, 1), None, None, None, None, None
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        made: Pass = ctx.made  # type: ignore[attr-defined]
+        found = made.backward(gradient, keep=True)
+        return found.of_inputs.transpose(0, 1), found.of_states.transpose(0, 1), None
 
 
 def _begin(by_input: nn.Linear, by_state: nn.Linear, gates: int) -> None:

@@ -78,6 +78,11 @@ class Plan:
             return self.statistics_exponent
         return self.metrics_exponent if completed_rounds == self.sums_to_train else self.exponent
 
+    def noise_variance(self, survivors: int) -> float:
+        """Of the noise in each coordinate of a sum of so many hospitals' gradients, in squared units of its grid; not of
+        updates. Public, and a colluder is counted as if it had added its own. Multiplication alone: all sides get the same."""
+        return survivors * (self.noise_sd * self.noise_sd)
+
     @property
     def events_per_attempt(self) -> int:
         """Noised sums behind one upload: the local steps of a round, or 1."""

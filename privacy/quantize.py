@@ -125,7 +125,8 @@ def _round_block(values: NDArray[np.float64], exponent: int, bound: int, words: 
 
 def dequantize(total: NDArray[np.int64], exponent: int) -> NDArray[np.float64]:
     """The real value of a sum on the grid, exactly: float64[d]."""
-    values: NDArray[np.float64] = np.ldexp(total.astype(np.float64), -exponent)
+    values = total.astype(np.float64)
+    values *= 2.0**-exponent  # a power of two: no digit is lost
     return values
 
 

@@ -51,4 +51,5 @@ class Assignment:
             grid_exponent=exponent,
             nominal_patients=nominal,
             roster_patients=everybody,
+            noise_variance=self.plan.noise_variance(len(survivors)),
         )

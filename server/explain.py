@@ -15,7 +15,7 @@ from medfed.privacy.plan import Plan, make_plan
 from medfed.privacy.secagg.protocol import AggregatorConfig
 from medfed.privacy.statement import NOT_CLAIMED, excess_noise, holds_against
 from medfed.roster import Roster, require_small_delta
-from medfed.study import Study
+from medfed.study import ServerStep, Study, Training
 from medfed.wire import upload_size_bytes
 from medfed.wording import counted, rounded_up
 
@@ -23,7 +23,8 @@ from medfed.wording import counted, rounded_up
 class StudyCheck(TypedDict):
     """``epsilon`` counts all attempts; it is the smaller of ``epsilon_rdp`` and ``epsilon_pld`` (null where that bound has
     none), as ``accountant`` says. ``noise_sd_of_mean``: standard deviation of the noise in each coordinate of the
-    released mean (of gradients clipped to ``clipping_norm``, or of the updates of local steps), null without the roster.
+    released mean (of gradients clipped to ``clipping_norm``, or of the updates of local steps), null without the roster or where
+    local steps scale it by what they see. ``server_step`` and ``local_step`` (null without): how sums and gradients are followed.
     ``statistics_noise_sd``: the same of a feature's mean before round 1, in halves of its public range.
     ``epsilon_without_spares``: of a patient who trains; ``metrics_epsilon``: of one held out for the metrics, in full from the
     first attempt on, null without. ``metrics_auc_noise_sd``: what the noise would do to an AUC of 0.80 with
@@ -45,6 +46,9 @@ class StudyCheck(TypedDict):
     spare_attempts: int
     aggregate: str
     local_steps: int
+    server_step: str
+    local_step: str | None
+    released: str
     sampling_rate: float
     unit: str
     mode: str
@@ -84,7 +88,7 @@ def check(study: Study, roster: Roster | None, wall_s: float) -> StudyCheck:
     if plan.epsilon > study.privacy.epsilon:
         what = f"the study states epsilon {study.privacy.epsilon:g}, it is {plan.epsilon:.4f}"
         raise PrivacyError(135, what, "plan it again: medfed-server study new")
-    step = 2.0**-plan.exponent
+    step, local = 2.0**-plan.exponent, study.training.local
     noise, held_out = None, None
     if roster is not None:
         noise = _noise_sd_of_mean(study, plan, roster)
@@ -106,6 +110,9 @@ def check(study: Study, roster: Roster | None, wall_s: float) -> StudyCheck:
         spare_attempts=study.training.spare_attempts,
         aggregate=study.training.aggregate,
         local_steps=plan.events_per_attempt,
+        server_step=_step(study.training.server_step),
+        local_step=None if local is None or local.step is None else _step(local.step),
+        released=_released(study.training),
         sampling_rate=study.privacy.sampling_rate,
         unit=study.privacy.unit,
         mode=study.privacy.mode,
@@ -142,12 +149,28 @@ def check(study: Study, roster: Roster | None, wall_s: float) -> StudyCheck:
     )
 
 
-def _noise_sd_of_mean(study: Study, plan: Plan, roster: Roster) -> float:
+def _step(rule: ServerStep) -> str:
+    """A rule and its numbers."""
+    numbers = (f"{name} {value:g}" for name, value in rule.model_dump(exclude={"kind"}).items())
+    return f"{rule.kind} ({', '.join(numbers)})"
+
+
+def _released(training: Training) -> str:
+    if training.ema_decay is not None:
+        return f"the exponential moving average over all rounds (decay {training.ema_decay:g})"
+    last = training.average_last_rounds
+    return "the model after the last round" if last == 1 else f"the mean over the last {last} rounds"
+
+
+def _noise_sd_of_mean(study: Study, plan: Plan, roster: Roster) -> float | None:
     """Of local steps: of the noise as it was added, not of how later steps answer to it."""
     sum_sd = plan.noise_sd * 2.0**-plan.noise_exponent * math.sqrt(study.cohort.hospitals)
     mean_sd = sum_sd / (study.privacy.sampling_rate * roster.nominal_patients)
     local = study.training.local
-    return mean_sd if local is None else mean_sd * local.learning_rate * math.sqrt(local.steps)
+    if local is None:
+        return mean_sd
+    spread = local.noise_spread
+    return None if spread is None else mean_sd * local.learning_rate * spread
 
 
 def _statistics_noise_sd(study: Study, plan: Plan, roster: Roster) -> float | None:
@@ -174,6 +197,9 @@ def in_words(checked: StudyCheck) -> Iterator[str]:
     )
     if checked["local_steps"] > 1:
         yield f"  {checked['local_steps']} private steps a round at each hospital, each of them counted"
+    if checked["local_step"] is not None:
+        yield f"  these steps follow {checked['local_step']}, begun anew in every round"
+    yield f"  server step {checked['server_step']}; released is {checked['released']}"
     yield (
         f"Privacy: epsilon {rounded_up(checked['epsilon'])} for all attempts (claimed {checked['epsilon_claimed']:g}), "
         f"{rounded_up(checked['epsilon_without_spares'])} of one who trains if no spare is needed, at delta "

@@ -186,14 +186,20 @@ def _with_update_range(study: Study, local: LocalSteps, words: int, roster: Rost
     """The study with a ring that holds the largest hospital's weighted update, with room to spare.
 
     All public: steps x learning rate x (what a step's mean clipped gradient can be, and eight standard deviations of the
-    noise in it) x that hospital's share of the patients. Four times that leaves room for training without clipping.
+    noise in it) x how much longer the local rule may step x that hospital's share of the patients. Four times that leaves room
+    for training without clipping.
     """
     privacy, plan = study.privacy, plans.make_plan(study, words)
     largest = max(entry.nominal_patients for entry in roster.hospitals)
     expected = privacy.sampling_rate * largest
     most_patients = min(float(largest), expected + 6.0 * math.sqrt(expected))
     noise = 8.0 * math.sqrt(local.steps) * plan.noise_sd * 2.0**-plan.noise_exponent
-    way = local.learning_rate * (local.steps * most_patients * privacy.clipping_norm + noise) / expected
+    way = (
+        local.learning_rate
+        * local.longest_step
+        * (local.steps * most_patients * privacy.clipping_norm + noise)
+        / expected
+    )
     bound = 4.0 * way * largest / roster.nominal_patients
     quantization = study.quantization.model_copy(update={"range": _power_of_two_above(bound)})
     return study.model_copy(update={"quantization": quantization})

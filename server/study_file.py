@@ -50,6 +50,7 @@ _NOTES = {
     "training.spare_attempts": "rounds that may be lost; the noise is calibrated for rounds + spare_attempts",
     "training.learning_rates": "[from round, rate]",
     "training.average_last_rounds": "the released model is the mean over these rounds",
+    "training.ema_decay": "the released model is the exponential moving average over all rounds",
     "privacy.unit": "who is protected: a patient with all records",
     "privacy.mode": "local: each hospital's own noise suffices; distributed: shares of noise add up in the sum",
     "privacy.sampling_rate": "chance of each patient to be in a round",

@@ -107,6 +107,12 @@ def _add_run(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     run.add_argument("--seed", type=_seed, metavar="S", help="split and all randomness repeat; not private")
     run.add_argument(
+        "--exact",
+        action="store_true",
+        help="each hospital computes its gradient sums by itself, as in production; else those of many hospitals are "
+        "computed in one call, equal to within one step of the grid, and sooner",
+    )
+    run.add_argument(
         "--split-seeds",
         type=_seeds,
         metavar="SEEDS",
@@ -375,6 +381,7 @@ def _plan(arguments: argparse.Namespace) -> Rehearsal:
         seed=arguments.seed,
         model=arguments.model,
         metrics=arguments.metrics,
+        exact=arguments.exact,
     )
 
 
@@ -393,7 +400,9 @@ def _plan_of(study: Study, arguments: argparse.Namespace) -> Rehearsal:
         raise ConfigError(100, f"{', '.join(named)} would change the study", "leave it out, or change the study's file")
     epsilon = None if without_noise else study.privacy.epsilon
     absences = _absences(arguments, study.cohort.drop_outs)
-    return Rehearsal(epsilon=epsilon, mode=study.privacy.mode, seed=arguments.seed, absences=absences)
+    return Rehearsal(
+        epsilon=epsilon, mode=study.privacy.mode, seed=arguments.seed, absences=absences, exact=arguments.exact
+    )
 
 
 def _absences(arguments: argparse.Namespace, drop_outs: int) -> Absences:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from typing import Protocol
 
 from medfed.flower import hush
 
@@ -23,19 +26,38 @@ CLIENT_FAILED = 2  # Flower's code for "the client app raised"
 FIRST_NODE_ID = 2  # 1 is the coordinator
 
 
+class Meeting(Protocol):
+    """What a grid tells of the hospitals that have messages to answer: ``simulations/gathering.py``."""
+
+    most: int
+    """Threads to run hospitals on."""
+
+    def came(self, count: int) -> None: ...
+
+    def went(self) -> None: ...
+
+    def turn(self) -> contextlib.AbstractContextManager[None]: ...
+
+
 class LocalGrid(Grid):  # type: ignore[misc]
     """Runs each message on a thread pool and hands on bytes only, as a network would.
 
     Records are made anew in both directions, so that the two sides share no object but immutable ones: bytes, text and
-    numbers. One client app a hospital, one message a hospital at a time: the real node handles them in order as well.
+    numbers. One client app a hospital, one message a hospital at a time, in order: so does the real node.
     """
 
-    def __init__(self, apps: Sequence[ClientApp], workers: int = 2) -> None:
+    def __init__(self, apps: Sequence[ClientApp], workers: int = 2, meeting: Meeting | None = None) -> None:
+        """``workers``: threads. ``meeting``: where hospitals wait for each other; then it says how many threads there are."""
         self.node_ids: Mapping[int, int] = {position: position + FIRST_NODE_ID for position in range(len(apps))}
         """Flower's node id by position in the roster."""
         self._apps = {self.node_ids[position]: app for position, app in enumerate(apps)}
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="hospital")
-        self._last: dict[int, threading.Event] = {}  # by node: set once its last message is answered
+        self._meeting = meeting
+        threads = workers if meeting is None else max(1, min(len(apps), meeting.most))
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="hospital")
+        self._lock = threading.Lock()
+        self._queues: dict[int, deque[tuple[Message, Future[Message]]]] = defaultdict(deque)
+        """By node: its messages that are not answered; the first is under way."""
+        self._is_closed = False
         self._pending: dict[str, Future[Message]] = {}
         self._sequence = itertools.count(1)
         # Message() stamps run and node ids from here
@@ -57,14 +79,21 @@ class LocalGrid(Grid):  # type: ignore[misc]
         return list(self._apps)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        ids = []
-        for message in messages:
-            message_id = f"m{next(self._sequence)}"
-            message.metadata.__dict__["_message_id"] = message_id
-            node_id = message.metadata.dst_node_id
-            before, self._last[node_id] = self._last.get(node_id), threading.Event()
-            self._pending[message_id] = self._pool.submit(self._in_turn, message, before, self._last[node_id])
-            ids.append(message_id)
+        ids, idle = [], []
+        with self._lock:
+            for message in messages:
+                message_id = f"m{next(self._sequence)}"
+                message.metadata.__dict__["_message_id"] = message_id
+                node_id, reply = message.metadata.dst_node_id, Future[Message]()
+                if not self._queues[node_id]:
+                    idle.append(node_id)
+                self._queues[node_id].append((message, reply))
+                self._pending[message_id] = reply
+                ids.append(message_id)
+            if self._meeting is not None:
+                self._meeting.came(len(idle))
+            for node_id in idle:
+                self._pool.submit(self._work, node_id)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -78,15 +107,37 @@ class LocalGrid(Grid):  # type: ignore[misc]
 
     def close(self) -> None:
         """Let the messages under way end, drop those that wait."""
-        self._pool.shutdown(cancel_futures=True)
+        with self._lock:
+            self._is_closed = True
+            for queue in self._queues.values():
+                while len(queue) > 1:  # the first may be under way
+                    queue.pop()[1].cancel()
+        self._pool.shutdown()
 
-    def _in_turn(self, message: Message, before: threading.Event | None, done: threading.Event) -> Message:
-        if before is not None:
-            before.wait()  # the pool starts tasks in order, so the one before is running or done: no deadlock
+    def _work(self, node_id: int) -> None:
+        """Answer the first of a hospital's messages; with more to answer, it goes to the end of the line."""
+        queue = self._queues[node_id]
+        message, reply = queue[0]
+        answer: Message | BaseException
         try:
-            return self._answer(message)
-        finally:
-            done.set()
+            with self._turn():
+                answer = CancelledError() if self._is_closed else self._answer(message)
+        except BaseException as error:  # as of a thread that ends
+            answer = error
+        with self._lock:
+            queue.popleft()
+            is_idle = not queue
+            if not is_idle:
+                self._pool.submit(self._work, node_id)
+        if is_idle and self._meeting is not None:
+            self._meeting.went()
+        if isinstance(answer, BaseException):
+            reply.set_exception(answer)
+        else:
+            reply.set_result(answer)
+
+    def _turn(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._meeting is None else self._meeting.turn()
 
     def _answer(self, message: Message) -> Message:
         try:

@@ -110,7 +110,8 @@ class Result:
     ``epsilon_spent``: of whoever has paid more, a patient who trains or one held out for the metrics.
     ``upload_bytes_per_round``: of one hospital. ``dropped``: how many uploads the released sums do without, over all rounds and
     splits. ``pooled_rounds``: the baseline's length, in rounds or, of ordinary training, in passes. ``training_patients``: of
-    the first split, held-out ones among them.
+    the first split, held-out ones among them. ``joint_sums``: whether hospitals' sums were worked out together, and so are
+    those of hospital by hospital (``--exact``) to within one step of the grid only.
     """
 
     cohort: str
@@ -144,6 +145,7 @@ class Result:
     test_f1_macro: float | None
     training_patients: int
     held_out_metrics: tuple[dict[str, object], ...]
+    joint_sums: bool
     stamps: tuple[str, ...]
     versions: dict[str, str]
 
@@ -213,7 +215,7 @@ def stamps(cohort: Cohort, *, noise: bool, seeded: bool) -> tuple[str, ...]:
     return (SIMULATED, *cohort.stamps, *[NO_NOISE] * (not noise), *[SEEDED] * seeded)
 
 
-def summarize(outcomes: Sequence[Outcome], *, noise: bool, seeded: bool) -> Result:
+def summarize(outcomes: Sequence[Outcome], *, noise: bool, seeded: bool, joint: bool = False) -> Result:
     """One result for the same study on several splits."""
     first = outcomes[0]
     study, plan = first.assignment.study, first.assignment.plan
@@ -257,6 +259,7 @@ def summarize(outcomes: Sequence[Outcome], *, noise: bool, seeded: bool) -> Resu
         held_out_metrics=tuple(
             found.to_json() for found in (measured(outcome, noised=noise) for outcome in outcomes) if found is not None
         ),
+        joint_sums=joint,
         stamps=stamps(first.cohort, noise=noise, seeded=seeded),
         versions=versions(),
     )

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from medfed.advance import Integers, ModelState, advance, state_hash
 from medfed.client.approved import Approved
+from medfed.client.local_optimizer import LocalRule, local_rule
 from medfed.client.local_steps import Noise, local_steps
 from medfed.client.trainer import Patients
 from medfed.models import parameters, tasks
@@ -35,6 +36,7 @@ def plain_update(
     """
     study, patients, model = approved.study, approved.patients, approved.model.train()
     local, losses = local_steps(approved), _losses(study.task)
+    rule = None if local.step is None else local_rule(local.step, noise_variance=0.0)
     inputs, labels = torch.from_numpy(patients.records.inputs), torch.from_numpy(patients.records.labels)
     parameters.assign(model, weights)
     trained: list[Tensor] = [parameter for _, parameter in parameters.trainable(model)]
@@ -45,11 +47,20 @@ def plain_update(
             continue  # fewer patients than steps in a pass
         loss = (losses(model(inputs[rows]), labels[rows]) * shares).sum()
         gradients = torch.autograd.grad(loss, trained)
+        if rule is not None:
+            gradients = _followed(rule, gradients)
         with torch.no_grad():
             for gradient, weight, before in zip(gradients, trained, start, strict=False):  # none without a pull back
                 gradient.add_(weight - before, alpha=local.proximal)
             torch._foreach_add_(trained, gradients, alpha=-local.learning_rate)
     return parameters.flatten(model).astype(np.float64) - weights
+
+
+def _followed(rule: LocalRule, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The rule's step, tensor by tensor."""
+    flat = torch.cat([gradient.flatten() for gradient in gradients]).numpy().astype(np.float64)
+    step = torch.split(torch.from_numpy(rule(flat)).float(), [gradient.numel() for gradient in gradients])
+    return tuple(part.view_as(gradient) for part, gradient in zip(step, gradients, strict=True))
 
 
 def _losses(task: Task) -> tasks.Losses:
@@ -116,8 +127,9 @@ class SharedAdvance:
         grid_exponent: int,
         nominal_patients: int,
         roster_patients: int | None = None,
+        noise_variance: float | None = None,
     ) -> ModelState:
-        settings = f"{grid_exponent} {nominal_patients} {roster_patients}".encode()
+        settings = f"{grid_exponent} {nominal_patients} {roster_patients} {noise_variance}".encode()
         asked = hashlib.sha256(
             state_hash(study.hash(), state) + hashlib.sha256(total.data).digest() + settings
         ).digest()
@@ -130,6 +142,7 @@ class SharedAdvance:
                     grid_exponent=grid_exponent,
                     nominal_patients=nominal_patients,
                     roster_patients=roster_patients,
+                    noise_variance=noise_variance,
                 )
                 self._asked = asked
             return self._answer

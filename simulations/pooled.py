@@ -131,7 +131,8 @@ def _path(
     for rounds in ascending:
         training = study.training.model_copy(update={"rounds": rounds})
         planned = step.study.model_copy(update={"training": training})
-        state = replace(state, tail=np.zeros_like(state.tail))
+        if training.ema_decay is None:
+            state = replace(state, tail=np.zeros_like(state.tail))
         while state.completed_rounds < planned.sums_to_train and np.isfinite(state.weights).all():
             state = step.advance(state, planned)
         whole = state.completed_rounds == planned.sums_to_train
@@ -171,7 +172,9 @@ class _Step:
         if not np.isfinite(gradient).all():
             return replace(state, weights=np.full_like(state.weights, np.nan))
         units = np.rint(np.clip(gradient, -(2.0**30), 2.0**30) * 2.0**_EXPONENT).astype(np.int64)
-        return advance(state, units, planned, grid_exponent=_EXPONENT, nominal_patients=self._patients)
+        return advance(
+            state, units, planned, grid_exponent=_EXPONENT, nominal_patients=self._patients, noise_variance=0.0
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ ordinary training

@@ -25,7 +25,7 @@ from medfed.client.approval import approve, review
 from medfed.client.compute import choose_compute
 from medfed.client.daemon import open_hospital
 from medfed.client.ledger import Ledger
-from medfed.client.local_steps import LocalUpdate, Noise, private_update
+from medfed.client.local_steps import LocalUpdate, Noise, own_sum, private_update
 from medfed.client.setup import SiteOptions, init_site, open_site
 from medfed.client.site import CONFIG_NAME, Site
 from medfed.display import shown
@@ -60,10 +60,11 @@ from medfed.simulations.absence import Absences, Handle, absent_in, handle_of
 from medfed.simulations.entropy import SeededEntropy
 from medfed.simulations.extract import IMAGES_NAME, PATIENT_COLUMN, SERIES_NAME, TABLE_NAME, Cohort
 from medfed.simulations.extract import Hospital as Split
+from medfed.simulations.joint_sums import JointSums
 from medfed.simulations.outcome import stamps
 from medfed.simulations.plain_training import SharedAdvance, plain_update
 from medfed.simulations.watch import Watch
-from medfed.study import Metrics, Study
+from medfed.study import Adam, DpAdamBC, Metrics, Study, Training
 
 log = logging.getLogger("medfed.simulations")
 
@@ -93,7 +94,8 @@ Onlooker = Callable[[Assignment, Checkpoint, str], None]  # the coordinator's ob
 class Rehearsal:
     """What to rehearse. ``epsilon`` None: no noise. ``seed`` None: randomness of the operating system. ``drop_outs``: hospitals
     that a round can do without; ``absences``: who takes no part when. ``metrics``: hold
-    ``HELD_OUT`` of the training patients out, and measure the released model on them through the masked sum."""
+    ``HELD_OUT`` of the training patients out, and measure the released model on them through the masked sum. ``exact``: each
+    hospital works its sums of gradients out by itself, as over a network, to the last bit (``joint_sums.py``)."""
 
     epsilon: float | None
     mode: Literal["local", "distributed"]
@@ -105,6 +107,7 @@ class Rehearsal:
     model: str | None = None
     metrics: bool = False
     absences: Absences = ()
+    exact: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +187,11 @@ def local_update_of(plan: Rehearsal) -> LocalUpdate:
     return plain_update if plan.epsilon is None else private_update
 
 
+def sums_jointly(plan: Rehearsal, study: Study) -> bool:
+    """Whether the hospitals of one process work their sums out together."""
+    return study.training.aggregate == "gradient" and not plan.exact
+
+
 def _seams_of(seams: Seams, plan: Rehearsal, owner: str) -> Seams:
     """The given seams, with this owner's own seeded entropy where a seed is asked for."""
     entropy: Entropy = seams.entropy if plan.seed is None else SeededEntropy(plan.seed, owner)
@@ -260,7 +268,8 @@ def _study(cohort: Cohort, plan: Rehearsal, roster: Roster, seams: Seams, given:
     if plan.seed is not None:
         torch.manual_seed(plan.seed)  # first weights; they are public in any case
     if given is not None:
-        return _repinned(given, roster)
+        noiseless = given.model_copy(update={"training": _noiseless(given.training)})
+        return _repinned(given if plan.epsilon is not None else noiseless, roster)
     task = task_of(seams.files, cohort)
     training = task.training.model_copy(
         update={
@@ -270,6 +279,7 @@ def _study(cohort: Cohort, plan: Rehearsal, roster: Roster, seams: Seams, given:
         }
     )
     training = training.model_copy(update={"average_last_rounds": min(training.average_last_rounds, training.rounds)})
+    training = training if plan.epsilon is not None else _noiseless(training)
     model = task.model if plan.model is None or plan.model == task.model.name else MODELS[plan.model]
     decisions = Decisions(
         name=cohort.name,
@@ -284,6 +294,16 @@ def _study(cohort: Cohort, plan: Rehearsal, roster: Roster, seams: Seams, given:
     metrics = METRICS if plan.metrics and task.metrics is None else task.metrics
     wanted = task.model_copy(update={"training": training, "model": model, "metrics": metrics})
     return plan_study(wanted, decisions, roster)
+
+
+def _noiseless(training: Training) -> Training:
+    """DP-AdamBC takes off the variance of the noise that a study states. Where none is added that would be too much: all sides
+    are told Adam, which is what is left of it, but for adding the floor where it would only bound."""
+    rule = training.server_step
+    if not isinstance(rule, DpAdamBC):
+        return training
+    adam = Adam(kind="adam", beta1=rule.beta1, beta2=rule.beta2, stabilizer=math.sqrt(rule.floor))
+    return training.model_copy(update={"server_step": adam})
 
 
 def task_of(files: Files, cohort: Cohort) -> TaskFile:
@@ -334,20 +354,24 @@ def in_this_process(
     from medfed.simulations.grid import LocalGrid, run_local
 
     with contextlib.ExitStack() as stack:
-        shared, update = SharedAdvance(), update or local_update_of(plan)
+        shared, joint, update = SharedAdvance(), JointSums(workers), update or local_update_of(plan)
         # one device for all, so that a deep model's batch is tried out once
         choose = functools.cache(choose_compute)
+        clipped = own_sum if plan.exact else joint
         opened = (
-            open_hospital(site, noise_of(plan), local_update=update, step=shared, choose=choose) for site in sites
+            open_hospital(site, noise_of(plan), local_update=update, clipped=clipped, step=shared, choose=choose)
+            for site in sites
         )
         hospitals = [stack.enter_context(hospital) for hospital in opened]
-        watch = Watch([site.config.hospital.name for site in sites])
+        approved = hospitals[0].participations[0].approved
+        meeting = joint.meet(approved.plan.words) if sums_jointly(plan, approved.study) else None
         names = [site.config.hospital.name for site in sites]
+        watch = Watch(names)
         handles = [
             watch.telling(position, handle_of(one, absent_in(plan.absences, names[position])))
             for position, one in enumerate(hospitals)
         ]
-        grid = LocalGrid([make_client_app(handle) for handle in handles], workers)
+        grid = LocalGrid([make_client_app(handle) for handle in handles], workers, meeting)
         run_local(make_server_app(lambda exchange: train(watch.ending(exchange)), grid.node_ids), grid)
 
 

@@ -116,6 +116,8 @@ def _more_metrics(result: Result) -> list[str]:
 def _measured(first: Outcome, result: Result) -> str:
     averaged = first.assignment.study.training.average_last_rounds
     released = f" The released model is the mean over the last {averaged} rounds." if averaged > 1 else ""
+    if first.assignment.study.training.ema_decay is not None:
+        released = " The released model is an exponential moving average over the rounds."
     return f"0.5 is guessing, 1 is perfect.{released} Test patients: {first.cohort.split}. {_baseline_in_words(first, result)}"
 
 

@@ -26,7 +26,7 @@ from medfed.server.study_file import render
 from medfed.simulations import plots, report
 from medfed.simulations.cohorts import COHORTS, Cohort, CohortInfo, load_cohort
 from medfed.simulations.outcome import Outcome, Result, make_outcome, summarize
-from medfed.simulations.rehearsal import Backend, Rehearsal, rehearse, task_of
+from medfed.simulations.rehearsal import Backend, Rehearsal, rehearse, sums_jointly, task_of
 from medfed.simulations.run_folder import RESULT_NAME, new_run_folder
 from medfed.simulations.threads import one_torch_thread
 from medfed.study import Study
@@ -67,12 +67,12 @@ def simulate(
 
     ``study``: an existing plan, or None for the cohort's own task with what ``plan`` decides (default: epsilon 1, mode
     local). A given study is rehearsed as it stands, on the rehearsal's roster; of ``plan`` then only ``epsilon=None`` (no
-    noise) and ``seed`` count. ``data``: a cohort's name, split once for each of ``split_seeds`` (default: its protocol's),
-    or cohorts that were split already. ``patients``: training patients of each hospital, of a synthetic cohort. ``out``: the
-    run's folder (default ``runs/<id>``); an earlier run there is replaced once this one is complete. ``keep_parties``: keep
-    the folders of hospitals and coordinator, keys and patients included. ``has_baseline``: also train the same model on
-    everybody's data in one place. ``backend``: what carries the messages (default: this process); ``ray_backend`` of
-    ``medfed.simulations.backends.ray_engine`` takes Flower's simulation engine.
+    noise), ``seed``, ``absences`` and ``exact`` count. ``data``: a cohort's name, split once for each of ``split_seeds``
+    (default: its protocol's), or cohorts that were split already. ``patients``: training patients of each hospital, of a
+    synthetic cohort. ``out``: the run's folder (default ``runs/<id>``); an earlier run there is replaced once this one is
+    complete. ``keep_parties``: keep the folders of hospitals and coordinator, keys and patients included. ``has_baseline``:
+    also train the same model on everybody's data in one place. ``backend``: what carries the messages (default: this
+    process); ``ray_backend`` of ``medfed.simulations.backends.ray_engine`` takes Flower's simulation engine.
 
     *Guarantees* A run that fails leaves ``out`` as it was. With ``plan.seed`` everything repeats bit for bit, and the run
     says so. Raises ``ConfigError`` MF-203 for decisions that make no study, MF-212 if ``out`` is no run, MF-320 if data or
@@ -85,7 +85,8 @@ def simulate(
     place = RUNS / _run_id(cohorts[0], plan, seams) if out is None else out
     with new_run_folder(place, seams) as folder, one_torch_thread():
         outcomes = _rehearse_all(folder / PARTIES, cohorts, plan, seams, study, keep_parties, has_baseline, backend)
-        result = summarize(outcomes, noise=plan.epsilon is not None, seeded=plan.seed is not None)
+        joint = backend is None and sums_jointly(plan, outcomes[0].assignment.study)
+        result = summarize(outcomes, noise=plan.epsilon is not None, seeded=plan.seed is not None, joint=joint)
         _write(folder, outcomes, result, seams)
     return Simulation(result, outcomes, place)
 
@@ -116,6 +117,7 @@ def _decided(study: Study | None, plan: Rehearsal | None) -> Rehearsal:
         drop_outs=study.cohort.drop_outs,
         absences=() if plan is None else plan.absences,
         seed=None if plan is None else plan.seed,
+        exact=plan is not None and plan.exact,
     )
 
 

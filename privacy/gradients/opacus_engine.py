@@ -67,7 +67,17 @@ def clipped_sum(
 
 
 def refuse_unsupported(model: nn.Module) -> None:
-    """Raise ``UnsupportedModel`` (MF-160) naming the layer that would mix patients; also for use at study checks."""
+    """As ``refuse_mixing``, and for a parameter of two layers: their hooks would not see each other."""
+    refuse_mixing(model)
+    seen: dict[int, str] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        first = seen.setdefault(id(weight), name)
+        if first != name:
+            raise UnsupportedModel(160, f"{name} is the same parameter as {first}", "give each layer its own")
+
+
+def refuse_mixing(model: nn.Module) -> None:
+    """Raise ``UnsupportedModel`` (MF-160) naming the layer that would mix patients."""
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, nn.modules.instancenorm._InstanceNorm):
@@ -75,11 +85,6 @@ def refuse_unsupported(model: nn.Module) -> None:
                 raise UnsupportedModel(160, f"{name}: {kind} keeps statistics of patients", "switch them off")
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise UnsupportedModel(160, f"{name}: {kind} mixes patients", f"use {_replacement(module)}")
-    seen: dict[int, str] = {}
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        first = seen.setdefault(id(weight), name)
-        if first != name:
-            raise UnsupportedModel(160, f"{name} is the same parameter as {first}", "give each layer its own")
 
 
 def _replacement(module: nn.modules.batchnorm._BatchNorm) -> str:

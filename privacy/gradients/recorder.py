@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medfed.errors import UnsupportedModel
+from medfed.privacy.gradients.slots import Slots
 
 if TYPE_CHECKING:
     from opacus.grad_sample import GradSampleModule
@@ -75,6 +76,18 @@ class Recorder:
             _check_agreement(name, weight, sample)
         return samples
 
+    def slots(self, inputs: Tensor, labels: Tensor, of_each: int = 1) -> Slots:
+        """``gradients``, for the slot test; a slot is a record (``of_each`` is 1)."""
+        return _as_slots(self.gradients(inputs, labels))
+
+    def checked_slots(self, inputs: Tensor, labels: Tensor, of_each: int = 1) -> Slots:
+        """``checked_gradients``, for the slot test."""
+        return _as_slots(self.checked_gradients(inputs, labels))
+
+
+def _as_slots(samples: list[Tensor]) -> Slots:
+    return Slots(samples, torch.stack([sample.double().square().sum(1) for sample in samples]).sum(0))
+
 
 def _of_records(name: str, weight: nn.Parameter, records: int) -> Tensor:
     sample: Tensor | None = getattr(weight, "grad_sample", None)
@@ -135,6 +148,8 @@ def _of_embedding(layer: nn.Embedding, activations: list[Tensor], backprops: Ten
     """
     weight: nn.Parameter = layer.weight  # type: ignore[assignment]
     tokens = activations[0].flatten(1)
+    if layer.padding_idx is not None:
+        backprops = backprops.masked_fill((activations[0] == layer.padding_idx)[..., None], 0.0)
     kept: Tensor | None
     kept, written = getattr(layer, "kept_samples", (None, tokens[:, :0]))
     if kept is None or len(kept) != len(tokens):

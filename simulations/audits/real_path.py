@@ -205,6 +205,7 @@ class RealPath:
             grid_exponent=self.plan.exponent,
             nominal_patients=self._roster.patients_of(opened.survivors),
             roster_patients=self._roster.nominal_patients,
+            noise_variance=self.plan.noise_variance(len(opened.survivors)),
         )
 
     def _read(self, masked: MaskedUpload) -> NDArray[np.int64]:

@@ -1,4 +1,5 @@
-"""``python -m medfed.simulations.benchmarks NAME --json``: rounds, federation, simulation, ledger, secagg or load."""
+"""``python -m medfed.simulations.benchmarks NAME --json``: rounds, federation, simulation, ledger, secagg, load or
+gradients."""
 
 from __future__ import annotations
 
@@ -10,10 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from medfed.command import new_parser, run_command, say, say_json
+from medfed.command import new_parser, run_command, say, say_json, say_lines
 from medfed.errors import ExitStatus
 from medfed.seams import system_seams
 from medfed.server.ending import versions
+from medfed.simulations.benchmarks.gradients_families import FAMILIES
 
 
 def _rounds(arguments: argparse.Namespace) -> dict[str, object]:
@@ -53,6 +55,20 @@ def _load(arguments: argparse.Namespace) -> dict[str, object]:
     return load.run(size, arguments.folder, system_seams())
 
 
+def _gradients(arguments: argparse.Namespace) -> dict[str, object]:
+    from medfed.simulations.benchmarks import gradients
+
+    return gradients.run(
+        arguments.family, arguments.batch, arguments.device, arguments.precision, quick=arguments.quick
+    )
+
+
+def _table(rows: object) -> list[str]:
+    from medfed.simulations.benchmarks import gradients
+
+    return gradients.table(rows) if isinstance(rows, list) else []
+
+
 _MEASURES = {
     "rounds": _rounds,
     "federation": _federation,
@@ -60,6 +76,7 @@ _MEASURES = {
     "ledger": _ledger,
     "secagg": _secagg,
     "load": _load,
+    "gradients": _gradients,
 }
 
 
@@ -76,7 +93,10 @@ def _measure(arguments: argparse.Namespace) -> int:
         say_json(result)
     else:
         for key, value in result.items():
-            say(f"{key}: {value}")
+            if key == "rows":
+                say_lines(_table(value))
+            else:
+                say(f"{key}: {value}")
     return ExitStatus.HANDLED
 
 
@@ -106,7 +126,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     load.add_argument("--rounds", type=int, default=100)
     load.add_argument("--threads", type=int, default=2)
     load.add_argument("--folder", type=Path, default=Path(), help="on the disk to use; default: this one")
-    for each in (rounds, federation, simulation, ledger, secagg, load):
+    gradients = commands.add_parser("gradients", help="a private step: times plain PyTorch and Opacus, and memory")
+    gradients.add_argument(
+        "--family", nargs="+", default=[], choices=FAMILIES, metavar="FAMILY", help=", ".join(FAMILIES)
+    )
+    gradients.add_argument("--batch", type=int, nargs="+", default=[], help="default: 64 256")
+    gradients.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    gradients.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
+    gradients.add_argument("--quick", action="store_true", help="a few families at batch 64, within 50 seconds")
+    for each in (rounds, federation, simulation, ledger, secagg, load, gradients):
         each.add_argument("--json", action="store_true")
         each.set_defaults(action=_measure)
     return run_command(parser, argv)

@@ -109,8 +109,8 @@ def test_work_that_fails_on_the_processor_fails() -> None:
         Compute().run(work)
 
 
-def test_engine_is_opacus_asked_for_or_not(lines: pytest.LogCaptureFixture) -> None:
-    assert choose_compute(ComputeSection(device="cpu")).engine == "opacus"
+def test_engine_is_medfeds_own_unless_opacus_is_asked_for(lines: pytest.LogCaptureFixture) -> None:
+    assert choose_compute(ComputeSection(device="cpu")).engine == "bookkeeping"
     assert len(lines.messages) == 1
     assert choose_compute(ComputeSection(device="cpu", engine="opacus")).engine == "opacus"
     assert lines.messages[1] == "gradients by opacus, as hospital.toml says"

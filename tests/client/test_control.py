@@ -264,7 +264,7 @@ def test_status_of_a_process_says_why_it_is_not_connected_and_stop_ends_it_once_
         assert (said["studies"][0]["completed_rounds"], said["studies"][0]["device"]) == (0, "cpu")
         words = call(main, ["status", "--config", approved.config]).out
         assert f"running, process {os.getpid()}" in words and "not connected since" in words and "MF-610" in words
-        assert said["studies"][0]["engine"] == "opacus" and ", on cpu by opacus" in words
+        assert said["studies"][0]["engine"] == "bookkeeping" and ", on cpu by bookkeeping" in words
         assert "north-" not in words + json.dumps(said), "a patient's id"
         first = call(main, ["stop", "--config", approved.config])
         second = call(main, ["stop", "--config", approved.config])

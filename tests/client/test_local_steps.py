@@ -21,6 +21,7 @@ from medfed.client.ledger import Ledger, LedgerView
 from medfed.client.local_steps import noised_sum, private_update, weighted_words
 from medfed.errors import EnvironmentFault, LocalProtocolError
 from medfed.privacy.accounting import ORDERS, Mechanism, compose, epsilon
+from medfed.privacy.gradients.engine import CLIPPING_MARGIN
 from medfed.privacy.noise import discrete_gaussian
 from medfed.simulations.entropy import SeededEntropy
 from medfed.wire import Refused, Upload
@@ -64,7 +65,7 @@ def by_hand(approved: Approved, start: NDArray[np.float64], noises: list[NDArray
                     chance = 1 / (1 + math.exp(-(weights[:-1] @ inputs + weights[-1])))
                     gradients.append((chance - label) * np.append(inputs, 1.0))
             mean = np.mean(gradients, axis=0)
-            bound = study.privacy.clipping_norm / (1 + 1e-4)
+            bound = study.privacy.clipping_norm / (1 + CLIPPING_MARGIN)
             total += mean * min(1.0, bound / np.linalg.norm(mean))
         mean_gradient = (
             (np.rint(total * grid) + noise) / grid / (study.privacy.sampling_rate * approved.nominal_patients)

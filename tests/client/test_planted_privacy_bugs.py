@@ -33,7 +33,7 @@ from medfed.models.catalogue import build
 from medfed.models.parameters import count
 from medfed.models.records import Records
 from medfed.privacy import noise, plan
-from medfed.privacy.gradients import fixed_batches, opacus_engine
+from medfed.privacy.gradients import engine, fixed_batches, opacus_engine
 from medfed.seams import SystemEntropy
 from medfed.simulations.entropy import SeededEntropy
 from medfed.study import Study
@@ -162,11 +162,14 @@ def noise_is_never_cut(make_study: MakeStudy, folder: Path) -> None:
         need(np.array_equal(with_noise - without, huge), "noise was cut")
 
 
-def summed(make_study: MakeStudy, changes: dict[str, object], records: Records) -> NDArray[np.float64]:
+def summed(
+    make_study: MakeStudy, changes: dict[str, object], records: Records, compute: Compute | None = None
+) -> NDArray[np.float64]:
     study = make_study({**EVERYBODY, "data.max_records_per_patient": 30, "privacy.clipping_norm": 0.1, **changes})
     patients = trainer.number_patients(study, records)
     model = build(study)
-    return trainer.gradient_sum(study, model, np.zeros(count(model), np.float32), patients, sampling_key=bytes(64))
+    weights = np.zeros(count(model), np.float32)
+    return trainer.gradient_sum(study, model, weights, patients, sampling_key=bytes(64), compute=compute)
 
 
 def summed_in_batches(make_study: MakeStudy, changes: dict[str, object], records: Records) -> NDArray[np.float64]:
@@ -188,7 +191,31 @@ def summed_in_batches(make_study: MakeStudy, changes: dict[str, object], records
     )
 
 
-ENGINES = (summed, summed_in_batches)
+def summed_by_opacus(make_study: MakeStudy, changes: dict[str, object], records: Records) -> NDArray[np.float64]:
+    """A table's model by the exact and slow engine."""
+    return summed(make_study, changes, records, Compute(engine="opacus"))
+
+
+def summed_in_taped_batches(make_study: MakeStudy, changes: dict[str, object], records: Records) -> NDArray[np.float64]:
+    """The gradient engine, four records at a time."""
+    torch.manual_seed(0)
+    _, owners = np.unique(records.patients, return_inverse=True)
+    return engine.clipped_sum(
+        nn.Linear(3, 1),
+        lambda logits, labels: nn.functional.binary_cross_entropy_with_logits(
+            logits[:, 0], labels.to(logits.dtype), reduction="none"
+        ),
+        torch.from_numpy(records.inputs),
+        torch.from_numpy(records.labels),
+        owners,
+        np.arange(len(owners)),
+        0.1,
+        batch=4,
+        device=torch.device("cpu"),
+    ).total
+
+
+ENGINES = (summed, summed_in_batches, summed_by_opacus, summed_in_taped_batches)
 
 
 def people(number: int, records_each: int = 1, scale: float = 1.0) -> Records:
@@ -311,6 +338,7 @@ def batch_norm_is_refused(make_study: MakeStudy, folder: Path) -> None:
             site.study, with_batch_norm(), np.zeros(29, np.float32), site.patients, sampling_key=bytes(64)
         ),
         lambda: opacus_engine.clipped_sum(with_batch_norm(), lambda out, _: out[:, 0], inputs, labels, owners, 2, 1.0),
+        lambda: engine.Engine(with_batch_norm(), lambda out, _: out[:, 0], torch.device("cpu")),
     )
     for guard in guards:
         try:
@@ -394,7 +422,6 @@ def in_sum(old: str, new: str) -> list[Change]:
 SCALED = "lambda: noise(noise_key, plan.noise_sd, plan.words)"
 FRESH = 'entropy.draw("noise", 32)'
 TAKEN = "integers += drawn.take()"
-CLIPPED = "factors = torch.where(finite, (bound / norms).clamp(max=1.0), 0.0)\n"
 RESULT = "clipped: NDArray[np.float64] = (factors @ means).numpy()"
 COINS = "sampled = poisson_mask(sampling_key[:32], patients.count, study.privacy.sampling_rate)"
 STORED = '(lambda f: f.read_bytes() if f.exists() else (f.write_bytes(k := entropy.draw("noise", 32)), k)[1])'
@@ -420,11 +447,11 @@ def rounded_float_noise(key: bytes, sd: float, size: int) -> NDArray[np.int64]:
 
 NO_REFUSAL = Change(
     opacus_engine,
-    "refuse_unsupported",
+    "refuse_mixing",
     "elif isinstance(module, nn.modules.batchnorm._BatchNorm):",
     "elif False:",
 )
-NO_LIST = Change(trainer, "gradient_sum", "require_separable(model)", "pass")
+NO_LIST = Change(trainer, "sums_of", "require_separable(model)", "pass")
 
 Plant = list[Change] | Callable[[pytest.MonkeyPatch], None]
 
@@ -523,6 +550,37 @@ BUGS: dict[str, tuple[Callable[[MakeStudy, Path], None], Plant]] = {
             )
         ],
     ),
+    "a batch clipped instead of a patient, in the gradient engine": (
+        one_patient_moves_the_sum_by_at_most_c,
+        [Change(engine, "clip_factors", "bound / norms", "len(norms) * bound / norms.sum()")],
+    ),
+    "clipped by the largest layer, in the gradient engine": (
+        one_patient_moves_the_sum_by_at_most_c,
+        [Change(engine._Total, "add", ".sum(0).sqrt_()", ".amax(0).sqrt_()")],
+    ),
+    "bias not clipped, in the gradient engine": (
+        one_patient_moves_the_sum_by_at_most_c,
+        [
+            Change(
+                engine._Total,
+                "add",
+                "add_clipped(self._totals[:, at], factors, segments)",
+                "add_clipped(self._totals[:, at], factors if weight.dim() > 1 else torch.ones_like(factors), segments)",
+            )
+        ],
+    ),
+    "records clipped instead of patients, in the gradient engine": (
+        one_patient_moves_the_sum_by_at_most_c,
+        [Change(engine, "_batches", "new = owners[1:] != owners[:-1]", "new = np.ones(len(owners) - 1, bool)")],
+    ),
+    "a patient of many batches not clipped": (
+        one_patient_moves_the_sum_by_at_most_c,
+        [Change(engine._Total, "_add_part", "self._open * clip_factors(norm, self._bound)", "self._open")],
+    ),
+    "a patient of many batches counts twice": (
+        one_patient_moves_the_sum_by_at_most_c,
+        [Change(engine, "_batches", "goes_on=at + batch < records", "goes_on=False")],
+    ),
     "patient unit ignored": (
         one_patient_moves_the_sum_by_at_most_c,
         [Change(trainer, "number_patients", 'if study.privacy.unit == "record":', "if True:")],
@@ -533,15 +591,15 @@ BUGS: dict[str, tuple[Callable[[MakeStudy, Path], None], Plant]] = {
     ),
     "shuffled batches for Poisson sampling": (
         patients_take_part_independently,
-        [Change(trainer, "gradient_sum", COINS, SHUFFLED)],
+        [Change(trainer, "chosen_rows", COINS, SHUFFLED)],
     ),
-    "a weighted sampler": (patients_take_part_independently, [Change(trainer, "gradient_sum", COINS, WEIGHTED)]),
+    "a weighted sampler": (patients_take_part_independently, [Change(trainer, "chosen_rows", COINS, WEIGHTED)]),
     "sampling rate from the data": (
         nothing_public_depends_on_the_number_of_patients,
         [
             Change(
                 trainer,
-                "gradient_sum",
+                "chosen_rows",
                 "patients.count, study.privacy.sampling_rate)",
                 "patients.count, min(1.0, 4 / patients.count))",
             )
@@ -549,7 +607,7 @@ BUGS: dict[str, tuple[Callable[[MakeStudy, Path], None], Plant]] = {
     ),
     "divisor from the data": (
         nothing_public_depends_on_the_number_of_patients,
-        [Change(local_steps, "private_update", "approved.nominal_patients", "approved.patients.count")],
+        [Change(local_steps, "expected_patients", "approved.nominal_patients", "approved.patients.count")],
     ),
     "hospitals weighted by their true number of patients": (
         nothing_public_depends_on_the_number_of_patients,
@@ -570,6 +628,17 @@ BUGS: dict[str, tuple[Callable[[MakeStudy, Path], None], Plant]] = {
                 "clipped_sum_in_fixed_batches",
                 "range(0, len(rows), batch)",
                 "range(0, len(rows) - len(rows) % batch, batch)",
+            )
+        ],
+    ),
+    "last batch dropped, in the gradient engine": (
+        every_patient_counts,
+        [
+            Change(
+                engine,
+                "_batches",
+                "range(0, len(owners), batch)",
+                "range(0, len(owners) - len(owners) % batch, batch)",
             )
         ],
     ),

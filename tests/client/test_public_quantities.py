@@ -267,13 +267,13 @@ def compare(make_world, clock, first_runs, monkeypatch: pytest.MonkeyPatch) -> C
 
 
 def slow_training(patched: pytest.MonkeyPatch, clock) -> None:
-    true = trainer.clipped_sum
+    true = trainer.Engine.clipped_sums
 
-    def slow(model, losses, inputs, *rest):
+    def slow(self, inputs, *rest, **named):
         clock.now_s += 0.4 * len(inputs)
-        return true(model, losses, inputs, *rest)
+        return true(self, inputs, *rest, **named)
 
-    patched.setattr(trainer, "clipped_sum", slow)
+    patched.setattr(trainer.Engine, "clipped_sums", slow)
 
 
 ANSWERS = [
@@ -467,9 +467,9 @@ def rate_from_data(monkeypatch: pytest.MonkeyPatch) -> None:
 def noise_from_data(monkeypatch: pytest.MonkeyPatch) -> None:
     true = local_steps.noised_sum
 
-    def noised_sum(approved, weights, entropy, noise):
+    def noised_sum(approved, *rest):
         scaled = replace(approved.plan, noise_sd=approved.plan.noise_sd * approved.patients.count / N)
-        return true(replace(approved, plan=scaled), weights, entropy, noise)
+        return true(replace(approved, plan=scaled), *rest)
 
     for module in (local_steps, participation):
         monkeypatch.setattr(module, "noised_sum", noised_sum)

@@ -19,6 +19,7 @@ from medfed.client.ledger import Ledger, LedgerView
 from medfed.client.ledger.accounts import AccountView
 from medfed.errors import ConfigError, EnvironmentFault, PrivacyError
 from medfed.privacy.accounting import ORDERS, Mechanism
+from medfed.privacy.gradients.engine import CLIPPING_MARGIN
 from medfed.privacy.noise import discrete_gaussian
 from medfed.privacy.plan import calibrate, make_plan
 from medfed.simulations.entropy import SeededEntropy
@@ -150,7 +151,7 @@ def test_training_after_it_sees_standardised_patients(make_world) -> None:
             mine = [owner == patient for owner in records.patients]
             errors = 0.5 - records.labels[mine]  # logistic regression begins at zero
             gradient = np.append((errors[:, None] * inputs[mine]).mean(axis=0), errors.mean())
-            expected += gradient * min(1.0, 1 / (1 + 1e-4) / np.linalg.norm(gradient))
+            expected += gradient * min(1.0, 1 / (1 + CLIPPING_MARGIN) / np.linalg.norm(gradient))
     total = plan.read_total(desk.total)
     np.testing.assert_allclose(total[:4] * 2.0**-plan.exponent, expected, rtol=0, atol=1e-4)
     assert total[4] == 0

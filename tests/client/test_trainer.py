@@ -18,6 +18,7 @@ from medfed.models.catalogue import build
 from medfed.models.parameters import assign, flatten
 from medfed.models.records import Records
 from medfed.privacy import accounting
+from medfed.privacy.gradients.engine import CLIPPING_MARGIN
 from medfed.privacy.plan import make_plan
 from medfed.privacy.quantize import quantize
 from medfed.privacy.sampling import poisson_mask
@@ -41,8 +42,8 @@ def records(counts: list[int], seed: int = 1) -> Records:
 
 
 def one_by_one(study: Study, weights: NDArray[np.float32], data: Records, patients: list[str]) -> NDArray[np.float64]:
-    """Logistic regression's gradient written out: each patient's mean, clipped to C/(1 + 1e-4), added in float64."""
-    bound = study.privacy.clipping_norm / (1 + 1e-4)
+    """Logistic regression's gradient written out: each patient's mean, clipped to C / (1 + margin), added in float64."""
+    bound = study.privacy.clipping_norm / (1 + CLIPPING_MARGIN)
     total = np.zeros(4)
     for patient in patients:
         rows = [row for row, each in enumerate(data.patients) if each == patient]
@@ -299,7 +300,7 @@ def test_deep_sum_equals_a_float64_loop_over_records(name: str, make_study: Make
             )
             parts = torch.autograd.grad(loss, list(double.parameters()))
             mean += np.concatenate([part.flatten().numpy() for part in parts]) / len(rows)
-        expected += mean * min(1.0, study.privacy.clipping_norm / (1 + 1e-4) / np.linalg.norm(mean))
+        expected += mean * min(1.0, study.privacy.clipping_norm / (1 + CLIPPING_MARGIN) / np.linalg.norm(mean))
     assert np.linalg.norm(ours - expected) < 1e-5 * np.linalg.norm(expected)
 
 
@@ -331,7 +332,7 @@ def test_sum_that_fails_on_the_gpu_is_that_of_the_processor(
     assert caplog.messages[0].endswith("): this step runs on the processor")
 
 
-def test_tables_need_no_batch(make_study: MakeStudy) -> None:
+def test_tables_pass_in_large_batches_as_they_add_up_row_by_row(make_study: MakeStudy) -> None:
     study, compute = make_study(ALL), Compute()
     warm_up(study, build(study), compute)
-    assert compute.batches == {}
+    assert list(compute.batches.values()) == [64]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -342,6 +343,87 @@ def test_written_study_with_local_steps_reads_back(tmp_path: Path, make_study: M
     (tmp_path / "study.toml").write_text(render(study))
     assert load_study(FILES, tmp_path / "study.toml") == study
     assert study.hash() != make_study({**UPDATE, "training.local": {**LOCAL, "proximal": 0.0}}).hash()
+
+
+# ------------------------------------------------------------------------------------------ steps and averages that came later
+
+ADAM_BC = {"kind": "dp-adambc", "beta1": 0.9, "beta2": 0.999, "floor": 1e-8}
+EMA = {"training.ema_decay": 0.99, "training.average_last_rounds": 1}
+
+
+def test_keys_that_came_later_change_no_hash_where_they_are_unset(make_study: MakeStudy) -> None:
+    """Studies approved before there were such keys are still the same studies."""
+    assert make_study().hash().hex().startswith("93f534eb")
+    assert make_study(UPDATE).hash().hex() == "f9c83846b4e87c06a34fc72488cca739b71082cd4c47d7e8a879c47801087734"
+    assert make_study({"training.ema_decay": None}).hash() == make_study().hash()
+    assert make_study({**UPDATE, "training.local": {**LOCAL, "step": None}}).hash() == make_study(UPDATE).hash()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        EMA,
+        {"training.server_step": ADAM_BC},
+        {**UPDATE, "training.local": {**LOCAL, "step": ADAM_BC}},
+        {**UPDATE, **EMA, "training.local": {**LOCAL, "step": {"kind": "momentum", "momentum": 0.5}}},
+    ],
+)
+def test_later_keys_are_part_of_the_study_where_they_are_set(
+    changes: Values, tmp_path: Path, make_study: MakeStudy
+) -> None:
+    study = make_study(changes)
+    assert study.hash() not in (make_study().hash(), make_study(UPDATE).hash())
+    assert Study.model_validate_json(study.canonical_bytes()) == study
+    (tmp_path / "study.toml").write_text(render(study))
+    assert load_study(FILES, tmp_path / "study.toml") == study
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({**EMA, "training.average_last_rounds": 2}, "ema_decay averages over all rounds"),
+        ({**EMA, "training.ema_decay": 0.0}, "greater than 0"),
+        ({**EMA, "training.ema_decay": 1.0}, "less than 1"),
+        ({"training.server_step": {**ADAM_BC, "floor": 0.0}}, "greater than or equal to 0.000000000000000001"),
+        ({"training.server_step": {**ADAM_BC, "floor": 1.5}}, "less than or equal to 1"),
+        ({"training.server_step": {**ADAM_BC, "beta2": 1.0}}, "less than 1"),
+        ({"training.server_step": {**ADAM_BC, "noise_variance": 0.0}}, "Extra inputs"),
+        *(
+            ({"training.server_step": {key: value for key, value in ADAM_BC.items() if key != name}}, name)
+            for name in ("beta1", "beta2", "floor")
+        ),
+        ({**UPDATE, "training.server_step": ADAM_BC}, "use it in [training.local]"),
+        ({**UPDATE, "training.local": {**LOCAL, "step": {"kind": "adam"}}}, "does not match any of the expected tags"),
+    ],
+)
+def test_later_keys_that_make_no_sense_are_refused(changes: Values, why: str, make_study: MakeStudy) -> None:
+    with pytest.raises(ValidationError, match=re.escape(why)):
+        make_study(changes)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 30])
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.99])
+def test_how_far_local_momentum_leads(steps: int, momentum: float, make_study: MakeStudy) -> None:
+    local = {**LOCAL, "steps": steps, "step": {"kind": "momentum", "momentum": momentum}}
+    training = make_study({**UPDATE, "training.local": local}).training
+    assert training.local is not None and training.local.noise_spread is not None
+    way, shares = 0.0, [0.0] * steps  # by which each step's noise moves the weights in the end
+    for place in range(steps):
+        velocity = 0.0
+        for number in range(steps):
+            velocity = momentum * velocity + (number == place)
+            shares[place] += velocity
+    for _ in range(steps):
+        way = momentum * way + 1.0
+    assert training.local.noise_spread == pytest.approx(math.sqrt(sum(share * share for share in shares)))
+    assert way <= training.local.longest_step <= steps
+
+
+def test_what_dp_adambc_makes_of_noise_is_not_known_beforehand(make_study: MakeStudy) -> None:
+    local = make_study({**UPDATE, "training.local": {**LOCAL, "step": ADAM_BC}}).training.local
+    assert local is not None
+    assert local.noise_spread is None
+    assert local.longest_step == pytest.approx(1e4)
 
 
 # --------------------------------------------------------------------------------------------------- derived numbers

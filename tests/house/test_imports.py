@@ -47,14 +47,21 @@ LIBRARIES = {
         "client/node.py",  # reads the node key for Flower's interceptor
         "server/link/",  # reads the enrolled node keys for Flower's registry
     ),
-    "opacus": ("privacy/gradients/",),
+    "opacus": ("privacy/gradients/", "simulations/benchmarks/gradients_peers.py"),
     "dp_accounting": ("privacy/",),
     "sqlite3": ("medfed/seams.py", "client/ledger/"),
     "httpx": ("medfed/seams.py", "client/", "server/link/", "simulations/fetch.py"),
     "sklearn": ("simulations/",),
     "matplotlib": ("simulations/",),
     "PIL": ("client/sources/", "simulations/"),
-    "torch": ("models/", "privacy/gradients/", "client/", "simulations/"),
+    "torch": (
+        "models/",
+        "privacy/gradients/",
+        "client/",
+        "simulations/",
+        "medfed/tape.py",  # what models and privacy/gradients share, and neither owns
+        "medfed/recurren",
+    ),
     "grpc": ("medfed/rpc.py", "client/control.py", "client/bridge.py"),
     "grpc_health": ("medfed/health.py",),
     "rich": ("medfed/progress.py", "simulations/"),

@@ -16,7 +16,7 @@ import pytest
 
 import medfed.simulations.audits.real_path as real_path
 from medfed.errors import MedfedError, PrivacyError
-from medfed.privacy.gradients import opacus_engine
+from medfed.privacy.gradients import engine
 from medfed.privacy.noise import discrete_gaussian
 from medfed.privacy.secagg.masks import Masker
 from medfed.seams import system_seams
@@ -115,7 +115,7 @@ def quick_sample(seed: int, share: float) -> Sample:
 
 
 PLAN = RealPath(audited_study(LOCAL), setting(), "plan").plan
-CLIPPED = 2.0**PLAN.noise_exponent / (1 + opacus_engine.CLIPPING_MARGIN)
+CLIPPED = 2.0**PLAN.noise_exponent / (1 + engine.CLIPPING_MARGIN)
 PATIENT = np.rint(CLIPPED * DIRECTION / np.linalg.norm(DIRECTION)).astype(np.int64)
 
 
@@ -191,16 +191,14 @@ def same_pad_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def unclipped_patients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice the clipping norm gets through."""
-    clip = opacus_engine._clip_and_sum
-    monkeypatch.setattr(opacus_engine, "_clip_and_sum", lambda found, owners, bound: clip(found, owners, 2 * bound))
+    clip = engine.clip_factors
+    monkeypatch.setattr(engine, "clip_factors", lambda norms, bound: clip(norms, 2 * bound))
 
 
 def records_for_patients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each record is clipped for itself: a patient of two records counts twice."""
-    clip = opacus_engine._clip_and_sum
-    monkeypatch.setattr(
-        opacus_engine, "_clip_and_sum", lambda found, owners, bound: clip(found, np.arange(len(owners)), bound)
-    )
+    batches = engine._batches
+    monkeypatch.setattr(engine, "_batches", lambda owners, *rest: batches(np.arange(len(owners)), *rest))
 
 
 def everybody_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,8 +261,8 @@ def test_mechanism_audit_of_few_draws_finds_nothing_in_sound_code(shape: Shape) 
 
 def test_mechanism_audit_says_where_it_has_gone_blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """A patient who hardly moves the sum breaks no promise, and could not show one broken."""
-    clip = opacus_engine._clip_and_sum
-    monkeypatch.setattr(opacus_engine, "_clip_and_sum", lambda found, owners, bound: 0.1 * clip(found, owners, bound))
+    clip = engine.clip_factors
+    monkeypatch.setattr(engine, "clip_factors", lambda norms, bound: 0.1 * clip(norms, bound))
     broken, blind = small_verdict(LOCAL)
     assert not broken
     assert "lower bound" in blind

@@ -313,16 +313,17 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize("options", [[], ["--exact"]], ids=["joint", "exact"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_run_whose_hospital_fails_says_why_and_leaves_nothing(fault, tmp_path, monkeypatch, capsys):
+def test_run_whose_hospital_fails_says_why_and_leaves_nothing(fault, options, tmp_path, monkeypatch, capsys):
     error, end = FAULTS[fault]
 
     def spoiled(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(medfed.client.local_steps, "gradient_sum", spoiled)
+    monkeypatch.setattr(medfed.client.local_steps, "quantize", spoiled)
     monkeypatch.setattr(medfed.server.mail, "RETRY_S", 0.01)
-    assert main([*SHORT, "--out", str(tmp_path / "run")]) != 0
+    assert main([*SHORT, *options, "--out", str(tmp_path / "run")]) != 0
     lines = capsys.readouterr().err.splitlines()
     why = [line for line in lines if "WARNING" in line and (str(error) in line or type(error).__name__ in line)]
     assert why
