@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from medfed.privacy.sampling import poisson_mask
 from medfed.study import Study
 
 log = logging.getLogger("medfed.client")
+
+# records at once of models of tables
+_BATCH, _BATCH_OF_MANY = 64, 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,14 +108,15 @@ def sums_of(
     """
     require_separable(model)
     compute = compute or Compute()
-    lacking = without_rule(model)
-    if lacking is not None and compute.engine == "bookkeeping":
+    own = functools.partial(_sums, are_many=expected >= MANY)
+    lacking = without_rule(model) if compute.engine == "bookkeeping" else None
+    sums = own if compute.engine == "bookkeeping" and lacking is None else _sums_by_opacus
+    if lacking is not None and not compute.batches:
         log.warning("%s: %s is unknown to the gradient engine: Opacus, slower", study.study.name, lacking)
-    sums = _sums if compute.engine == "bookkeeping" and lacking is None else _sums_by_opacus
     if catalogue.is_rowwise(study):
         # such small models stay on the processor
-        return sums(study, model, weights, parts, compute, expected, torch.device("cpu"))
-    return compute.run(lambda device: sums(study, model, weights, parts, compute, expected, device))
+        return sums(study, model, weights, parts, compute, torch.device("cpu"))
+    return compute.run(lambda device: sums(study, model, weights, parts, compute, device))
 
 
 def _sums(
@@ -120,22 +125,25 @@ def _sums(
     weights: NDArray[np.float32],
     parts: Sequence[Part],
     compute: Compute,
-    expected: float,
     device: torch.device,
+    *,
+    are_many: bool,
 ) -> NDArray[np.float64]:
     """By the gradient engine, which is kept for the next step: of tables in float64, where rounding is far below the margin."""
-    are_many = expected >= MANY
     form = f"{_form(study, device)}\n{are_many}"
     try:
         engine = compute.engines.setdefault(form, []).pop()
     except IndexError:  # the first, or all are at work in other threads
         own = copy.deepcopy(model).double() if catalogue.is_rowwise(study) else model
         losses, dtype = tasks.losses(study.task), compute.dtype_of(own)
-        if form not in compute.batches:
+        if form not in compute.batches and catalogue.is_rowwise(study):
+            # sums row by row are alike in batches of any size (models/rowwise.py): nothing to try out
+            compute.batches[form] = _BATCH_OF_MANY if are_many else _BATCH
+        elif form not in compute.batches:
             compute.batches[form] = settle_taped_batch(
                 own,
                 losses,
-                _examples(study, next(own.parameters()).dtype),
+                _examples(study),
                 device=device,
                 dtype=dtype,
                 most_records=study.data.max_records_per_patient,
@@ -165,7 +173,6 @@ def _sums_by_opacus(
     weights: NDArray[np.float32],
     parts: Sequence[Part],
     compute: Compute,
-    expected: float,
     device: torch.device,
 ) -> NDArray[np.float64]:
     """By Opacus's gradients of each record: of tables in float64, of deep models in batches of one size tried out before."""
@@ -217,7 +224,7 @@ def _form(study: Study, device: torch.device) -> str:
     return "\n".join([model, study.data.model_dump_json(), study.task.model_dump_json(), str(device)])
 
 
-def _examples(study: Study, dtype: torch.dtype = torch.float32) -> Examples:
+def _examples(study: Study) -> Examples:
     """Made-up records of a study's form; of series and texts the last steps are padding, as many as chance has it."""
 
     def draw(generator: torch.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -225,7 +232,7 @@ def _examples(study: Study, dtype: torch.dtype = torch.float32) -> Examples:
         if study.data.text is not None:
             inputs = torch.empty(shape, dtype=torch.int64).random_(1, study.data.text.buckets + 1, generator=generator)
         else:
-            inputs = torch.empty(shape).normal_(generator=generator).to(dtype)
+            inputs = torch.empty(shape).normal_(generator=generator)
         if study.data.kind in ("series", "text"):
             ends = torch.empty(count, 1, dtype=torch.int64).random_(1, shape[1] + 1, generator=generator)
             inputs[torch.arange(shape[1]) >= ends] = 0

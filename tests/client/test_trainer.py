@@ -332,7 +332,7 @@ def test_sum_that_fails_on_the_gpu_is_that_of_the_processor(
     assert caplog.messages[0].endswith("): this step runs on the processor")
 
 
-def test_tables_pass_in_large_batches_as_they_add_up_row_by_row(make_study: MakeStudy) -> None:
+def test_tables_need_no_batch_tried_out_as_they_add_up_row_by_row(make_study: MakeStudy) -> None:
     study, compute = make_study(ALL), Compute()
     warm_up(study, build(study), compute)
     assert list(compute.batches.values()) == [64]
