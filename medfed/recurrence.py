@@ -229,10 +229,11 @@ def _write(tape: Tape, weights: Weights, used: Tensor, before: Tensor, found: Fo
         tape.outer(weights.of_states, _cast(before, tape.dtype), by_state)
     if weights.of_inputs.requires_grad:
         tape.outer(weights.of_inputs, used, by_input)
+    of_bias = of_inputs.sum(0)
     if weights.input_bias is not None and weights.input_bias.requires_grad:
-        tape.samples(weights.input_bias, of_inputs.sum(0))
+        tape.samples(weights.input_bias, of_bias)
     if weights.state_bias is not None and weights.state_bias.requires_grad:
-        tape.samples(weights.state_bias, of_states.sum(0))
+        tape.samples(weights.state_bias, of_bias if of_states is of_inputs else of_states.sum(0))
 
 
 def _from_inputs(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -148,9 +148,12 @@ class Products:
         return self._sizes / MOST_CANCELLING
 
     def add_clipped(self, total: Tensor, factors: Tensor, segments: Sequence[tuple[int, slice]]) -> None:
-        clipped = self._side.clipped(factors)
+        if self._inputs.shape[2] < self._side.values.shape[2]:  # the factors go to the narrower of the two
+            whole, clipped = self._inputs * factors[:, None, None], self._side.values
+        else:
+            whole, clipped = self._inputs, self._side.clipped(factors)
         for row, patients in segments:
-            inputs, gradient = self._inputs[patients], clipped[patients]
+            inputs, gradient = whole[patients], clipped[patients]
             if self.is_one and len(inputs) > AT_ONCE and len(inputs) % AT_ONCE == 0:
                 left, right = (each.reshape(-1, AT_ONCE, each.shape[2]) for each in (gradient, inputs))
                 total[row] += torch.bmm(left.transpose(1, 2), right).sum(0).flatten()
@@ -291,15 +294,15 @@ def squares(each: Tensor) -> Tensor:
     if each.dtype == torch.float64:
         return _dots(each)
     whole = each.shape[1] // BLOCK * BLOCK
-    total = _dots(each[:, whole:]).double()
+    total = _dots(each[:, whole:])
     if whole:
-        total += _dots(each[:, :whole].reshape(len(each), -1, BLOCK)).sum(1, dtype=torch.float64)
+        total += _dots(each[:, :whole].reshape(len(each), -1, BLOCK)).sum(1)
     return total
 
 
 def _dots(rows: Tensor) -> Tensor:
-    found: Tensor = torch.linalg.vecdot(rows, rows)
-    return found
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1)
+    return norms.double().square_()
 
 
 def _accurate(given: Tensor) -> Tensor:

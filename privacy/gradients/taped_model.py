@@ -43,7 +43,8 @@ class TapedModel:
 
     def load(self, weights: NDArray[np.float32]) -> None:
         """Take other weights: float32[d], flattened in the model's order."""
-        at, weights = 0, weights.copy()  # torch takes no arrays that nobody may write to
+        # torch takes no arrays that nobody may write to
+        at, weights = 0, weights if weights.flags.writeable else weights.copy()
         with torch.no_grad():
             for _, weight in self._weights:
                 weight.copy_(torch.from_numpy(weights[at : at + weight.numel()]).view_as(weight))

@@ -71,7 +71,8 @@ def engine(case: Case, batch: int, entropy: Entropy, seen: Seen) -> Callable[[],
         total = totals[0]
         integers = quantize(total, exponent, bound, out=total.view(np.int64))
         integers += discrete_gaussian(entropy.draw("noise", 32), noise_sd, integers.size)
-        mean = dequantize(integers, exponent) / len(everybody)
+        mean = dequantize(integers, exponent)
+        mean /= len(everybody)
         seen.noise_s.append(time.process_time() - began)
         flat = torch.from_numpy(mean).to(case.device, torch.float32)
         for weight, part in zip(weights, torch.split(flat, sizes), strict=True):
