@@ -258,7 +258,7 @@ class Privacy(StrictModel):
     adjacency: Literal["add-remove"]
     mode: Literal["local", "distributed"]
     sampling_rate: Annotated[float, Field(gt=0.0, le=1.0)]
-    clipping_norm: Annotated[float, Field(gt=0.0, le=1000.0)]
+    clipping_norm: Annotated[float, Field(ge=1e-6, le=1000.0)]
     noise_multiplier: Annotated[float, Field(ge=0.3, le=10_000.0)]
     delta: Annotated[float, Field(gt=0.0, le=0.01)]
     epsilon: Annotated[float, Field(gt=0.0, le=100.0)]

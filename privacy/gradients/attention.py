@@ -135,7 +135,10 @@ class _Projections(torch.autograd.Function):
         weight, bias, tape, dtype = ctx.layer  # type: ignore[attr-defined]
         if weight.requires_grad:
             wide = torch.float64 if by.dtype == torch.float64 else torch.float32
-            each = [outer_sums(a.to(wide), g.to(wide)) for g, a in zip(gradients, inputs, strict=True)]
+            each = [
+                outer_sums(a.to(wide), g.to(wide))[:, : g.shape[2], : a.shape[2]]
+                for g, a in zip(gradients, inputs, strict=True)
+            ]
             tape.samples(weight, torch.cat(each, 1))
         if bias is not None and bias.requires_grad:
             tape.samples(bias, torch.cat([bias_samples(g) for g in gradients], 1))

@@ -5,15 +5,14 @@ clipped gradients. This is exact flat clipping, and what most models of ``models
 (``opacus_engine``, ``fixed_batches``) is the oracle, and takes layers that have no rule here.
 
 *Why one patient moves the sum by at most C, whatever the weights.* Physical batches all have one shape, on one thread, and
-``slot_test`` has tried out that a slot's terms and norm do not depend on the other slots: so a patient's factor and terms
-are the same bits in every batch (``fixed_batches`` tells why a chosen weight would else make that count). The sum of a
-batch's patients is taken in float32, where the order of adding up shows; over batches in float64. Patients come in a secret
-random order: one more or less changes the content of two batches, its own and the last. In a sum of 64
-patients (``AT_ONCE``) it is off by 66 x 2^-24 of the sum of its terms' norms at most (Higham 2002, section 3.1), which is
-64 C: 2.5e-4 C if their gradients all agree, for each of two batches, with and without the patient. ``CLIPPING_MARGIN`` is
-more than all of it. Of a layer that is summed as one product over patients and steps (``Products`` with several terms) that
-bound is larger than the rounding that is ever seen, by the number of steps and by ``MOST_CANCELLING``; there the margin
-rests on rounding errors that do not all point one way (Higham and Mary 2019), and on a test with hostile weights.
+``slot_test`` has tried out that a slot's terms and norm do not depend on the other slots: so a patient's factor and gradient
+are the same bits in every batch (``fixed_batches`` tells why a chosen weight would else make that count). What is left is the
+order of adding patients up: 64 at a time (``AT_ONCE``) in float32, then in float64. A float32 sum of 64 is off by
+66 x 2^-24 of the sum of its norms at most (Higham 2002, section 3.1), which is 64 C: 2.5e-4 C, were all their gradients alike.
+Patients come in a secret random order; the orders with one patient more can be paired with those without it so that two of
+these sums differ, its own and the last (the last patient takes the place of the one who is gone). So rounding moves the
+result by 4 x 2.5e-4 C at most, and ``CLIPPING_MARGIN`` is twice that. Whoever calls this has settled the batch, and the
+labels and tokens are within the study's bounds.
 
 *Source* Li et al. 2022 (arXiv:2110.05679), Bu et al. 2023 (arXiv:2210.00038); as in them no second backward pass.
 """
@@ -29,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from medfed.errors import LocalProtocolError
 from medfed.privacy.gradients.fixed_batches import steady_arithmetic
 from medfed.privacy.gradients.opacus_engine import check_arguments, refuse_mixing
 from medfed.privacy.gradients.recorder import Losses
@@ -36,6 +36,8 @@ from medfed.privacy.gradients.taped_model import TapedModel
 
 CLIPPING_MARGIN = 2.0**-9
 """Patients are clipped to C / (1 + this): room for what rounding does to norms and sums (above)."""
+
+_LEAST_FACTOR = 1e-37
 
 Indices = NDArray[np.int64]
 
@@ -93,6 +95,7 @@ class Engine:
         through all hospitals.
         """
         check_arguments(inputs, labels, patients, clipping_norm)
+        _check_order(patients[chosen], segments)
         with steady_arithmetic():
             total = _Total(self._taped, count, clipping_norm / (1 + CLIPPING_MARGIN), self._device)
             for each in _batches(patients[chosen], segments, batch):
@@ -133,6 +136,13 @@ def clipped_sum(
     engine, segments = Engine(model, losses, device, dtype), np.zeros(len(chosen), np.int64)
     totals, statistics = engine.clipped_sums(inputs, labels, patients, chosen, segments, 1, clipping_norm, batch=batch)
     return ClippedSum(totals[0], statistics)
+
+
+def _check_order(owners: Indices, segments: Indices) -> None:
+    """A patient in two places would be clipped as two."""
+    runs = 1 + int(np.count_nonzero(owners[1:] != owners[:-1])) if len(owners) else 0
+    if runs != len(np.unique(owners)) or bool((segments[1:] < segments[:-1]).any()):
+        raise LocalProtocolError(180, "records of a patient that do not stand together", "put them in order")
 
 
 # -------------------------------------------------------------------------------------------------- patients into batches
@@ -247,9 +257,6 @@ class _Total:
             self._count(torch.zeros(len(batch.segments)))
             return
         norms = torch.stack([form.squared_norms() for form in forms.values()]).sum(0).sqrt_()
-        for form in forms.values():
-            floor = form.floor()
-            norms = norms if floor is None else torch.maximum(norms, floor)
         finite = torch.isfinite(norms)
         factors = clip_factors(norms, self._bound)
         present = len(batch.segments)
@@ -288,8 +295,10 @@ class _Total:
 
 
 def clip_factors(norms: Tensor, bound: float) -> Tensor:
-    """What each gradient is multiplied with so that its norm is at most ``bound``; 0 for one that is not finite."""
-    return torch.where(torch.isfinite(norms), (bound / norms).clamp(max=1.0), 0.0)
+    """What each gradient is multiplied with so that its norm is at most ``bound``; 0 for one that is not finite, or so large
+    that float32 has no such factor."""
+    factors = (bound / norms).clamp(max=1.0)
+    return torch.where(torch.isfinite(norms) & (factors > _LEAST_FACTOR), factors, 0.0)
 
 
 def _runs(segments: Indices, places: int) -> Iterator[tuple[int, slice]]:

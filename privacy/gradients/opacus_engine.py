@@ -22,6 +22,7 @@ from medfed.privacy.gradients.recorder import Losses, Recorder
 # the model and loss must give each record the same bits in every batch (models/rowwise.py)
 CLIPPING_MARGIN = 1e-4
 _VALUES_AT_ONCE = 1 << 26
+LEAST_CLIPPING_NORM = 1e-6
 
 
 def clipped_sum(
@@ -99,8 +100,9 @@ def check_arguments(inputs: Tensor, labels: Tensor, patients: NDArray[np.int64],
     if not len(inputs) == len(labels) == len(patients):
         what = f"{len(inputs)} inputs, {len(labels)} labels, {len(patients)} owners of records"
         raise LocalProtocolError(180, what, "give one of each a record")
-    if not 0.0 < clipping_norm < math.inf:
-        raise LocalProtocolError(180, f"clipping norm {clipping_norm}", "use a positive number")
+    if not LEAST_CLIPPING_NORM <= clipping_norm < math.inf:
+        what = f"clipping norm {clipping_norm}, at least {LEAST_CLIPPING_NORM}"
+        raise LocalProtocolError(180, what, "use a larger one: float32 has no squares of numbers far below")
 
 
 def _whole_patients(owners: NDArray[np.int64], max_batch: int) -> Iterator[slice]:

@@ -1,12 +1,10 @@
-"""The tape the engine reads: each parameter's gradient patient by patient, in the cheapest form that is exact.
+"""The tape the engine reads: each parameter's gradient patient by patient, in the cheapest form that is exact and safe.
 
-Three forms. ``Samples`` holds the gradient itself, [patients, size]: its norm is that of the very numbers that are summed.
-``Products`` holds a layer's inputs a and its result's gradients g, of which the patient's gradient is sum_k g_k a_k^T; its
-squared norm is <a a^T, g g^T>, and the clipped sum of all patients one matrix product. ``Rows`` holds the rows of an
-embedding that a patient used.
+Four forms. ``Samples`` and ``Matrices`` hold the gradient itself: its norm is that of the very numbers that are summed.
+``Products`` holds what the gradient is the product of, where a layer saw one input a patient: the norm is |a| |g|, and the
+clipped sum of all patients one matrix product. ``Rows`` holds the rows of an embedding that a patient used.
 
-*Source* Goodfellow 2015 (arXiv:1510.01799) for one input a record; Li et al. 2022 (arXiv:2110.05679, section 4) and Bu et
-al. 2023 (arXiv:2210.00038) for Gram matrices and book-keeping.
+*Source* Goodfellow 2015 (arXiv:1510.01799) for one input a record; Bu et al. 2023 (arXiv:2210.00038) for book-keeping.
 """
 
 from __future__ import annotations
@@ -18,16 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from medfed.errors import UnsupportedModel
-from medfed.privacy.gradients.products import gram, outer_sums
+from medfed.privacy.gradients.products import outer_sums
 
 BLOCK = 1024
 """Values added up in float32 before float64 takes over: a float32 sum over millions is wrong by 1e-4 and more."""
 AT_ONCE = 64
 """Patients added up in one float32 product: what rounding does to a sum grows with the square of it."""
-MOST_CANCELLING = 64.0
-"""Of ``Products`` with several terms a patient: how much larger than the clipped gradient its terms may be (see ``floor``)."""
-_LEAST_SQUARE = 1e-32
-_GRAM_PAYS = 40
 
 
 class Form(Protocol):
@@ -35,10 +29,6 @@ class Form(Protocol):
 
     def squared_norms(self) -> Tensor:
         """float64[patients]."""
-        ...
-
-    def floor(self) -> Tensor | None:
-        """float64[patients]: least norm the patient is clipped as if it had; None: its norm is enough. Once norms are taken."""
         ...
 
     def add_clipped(self, total: Tensor, factors: Tensor, segments: Sequence[tuple[int, slice]]) -> None:
@@ -62,16 +52,13 @@ class Form(Protocol):
 
 
 class Samples:
-    """The gradient itself: [patients, size]."""
+    """The gradient itself, [patients, size]."""
 
     def __init__(self, each: Tensor) -> None:
         self._each = each
 
     def squared_norms(self) -> Tensor:
         return squares(self._each)
-
-    def floor(self) -> Tensor | None:
-        return None
 
     def add_clipped(self, total: Tensor, factors: Tensor, segments: Sequence[tuple[int, slice]]) -> None:
         for row, patients in segments:
@@ -89,96 +76,77 @@ class Samples:
         return [self._each]
 
 
-class Side:
-    """Gradients g [patients, k, o] of a layer's result, which one or two weights of the layer share."""
+class Matrices:
+    """The gradient of a weight [o, i] itself, as [patients, o', i'] or turned, [patients, i', o']: zeros fill it up."""
 
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
-        self._gram: Tensor | None = None
-        self._clipped: tuple[Tensor, Tensor] | None = None
+    def __init__(self, each: Tensor, shape: torch.Size, *, is_turned: bool) -> None:
+        self._each, self._shape, self._is_turned = each, shape, is_turned
 
-    @property
-    def has_gram(self) -> bool:
-        return self._gram is not None
+    def squared_norms(self) -> Tensor:
+        return squares(self._each.flatten(1))
 
-    def gram(self) -> Tensor:
-        """[patients, k, k]. A patient's gradients that are too small for their squares count as none."""
-        if self._gram is None:
-            self._gram = gram(self.values)
-            vanishing = self._gram.diagonal(dim1=1, dim2=2).amax(1) < _LEAST_SQUARE
-            if bool(vanishing.any()):
-                self.drop(~vanishing)
-                self._gram = self._gram.where(~vanishing[:, None, None], 0.0)
-        return self._gram
+    def add_clipped(self, total: Tensor, factors: Tensor, segments: Sequence[tuple[int, slice]]) -> None:
+        for row, patients in segments:
+            for start in range(patients.start, patients.stop, AT_ONCE):
+                some = slice(start, min(start + AT_ONCE, patients.stop))
+                found = (factors[some] @ self._each[some].flatten(1)).view(self._each.shape[1:])
+                total[row].view(self._shape).add_(self._of_weight(found))
 
-    def clipped(self, factors: Tensor) -> Tensor:
-        if self._clipped is None or self._clipped[0] is not factors:
-            self._clipped = factors, self.values * factors[:, None, None]
-        return self._clipped[1]
+    def _of_weight(self, each: Tensor) -> Tensor:
+        """[..., o, i] of what lies here."""
+        return (each.mT if self._is_turned else each)[..., : self._shape[0], : self._shape[1]]
 
     def drop(self, kept: Tensor) -> None:
-        self.values = self.values.where(kept[:, None, None], 0.0)
+        self._each = self._each.where(kept[:, None, None], 0.0)
+
+    def dense(self) -> Tensor:
+        return self._of_weight(self._each).flatten(1)
+
+    def slots(self) -> list[Tensor]:
+        return [self._each]
 
 
 class Products:
-    """Inputs a [patients, k, i] and gradients g of a weight [o, i]."""
+    """Inputs a [patients, i] and gradients g [patients, o] of a weight [o, i] that was used once: each gradient is g a^T.
 
-    def __init__(self, inputs: Tensor, side: Side) -> None:
-        self._inputs, self._side = inputs, side
-        self.is_one = inputs.shape[1] == 1
-        self._sizes = inputs.new_zeros(len(inputs), dtype=torch.float64)
+    For one use only. With several, sum_k g_k a_k^T, the same trick (norms from Gram matrices, one product over patients and
+    steps) is not safe from chosen weights: terms that cancel leave a sum that is rounding, terms too small for float32 have no
+    norm, and a chain of additions through all patients lets one of them push the others' terms out. Attacks moved the sum by
+    up to 25 C (``tests/privacy/test_gradient_engine.py``). There the gradient is formed in full.
+    """
+
+    def __init__(self, inputs: Tensor, gradient: Tensor) -> None:
+        self._inputs, self._gradient = inputs, gradient
 
     def squared_norms(self) -> Tensor:
-        if self.is_one:  # in float64: of numbers as small as 1e-25 the square is nothing in float32
-            return squares(self._inputs[:, 0].double()) * squares(self._side.values[:, 0].double())
-        of_inputs, of_gradient = gram(self._inputs), self._side.gram()
-        diagonals = [each.diagonal(dim1=1, dim2=2).double() for each in (of_inputs, of_gradient)]
-        self._sizes = (diagonals[0] * diagonals[1]).clamp_(min=0.0).sqrt_().sum(1)
-        found: Tensor = torch.linalg.vecdot(of_inputs.double().flatten(1), of_gradient.double().flatten(1))
-        return found.clamp_(min=0.0)
-
-    def floor(self) -> Tensor | None:
-        """Terms that cancel leave a gradient that is mostly their rounding, and chosen weights can make them cancel.
-
-        So a patient is clipped as if its norm were at least 1 / ``MOST_CANCELLING`` of the sum of its terms' norms. With one
-        term there is nothing to cancel. Ordinary terms of k steps add up to 1 / sqrt(k) of that sum, and more.
-        """
-        if self.is_one:
-            return None
-        return self._sizes / MOST_CANCELLING
+        # in float64: of numbers as small as 1e-25 the square is nothing in float32
+        return squares(self._inputs.double()) * squares(self._gradient.double())
 
     def add_clipped(self, total: Tensor, factors: Tensor, segments: Sequence[tuple[int, slice]]) -> None:
-        if self._inputs.shape[2] < self._side.values.shape[2]:  # the factors go to the narrower of the two
-            whole, clipped = self._inputs * factors[:, None, None], self._side.values
+        inputs, gradient = self._inputs, self._gradient
+        if inputs.shape[1] < gradient.shape[1]:  # the factors go to the narrower of the two
+            inputs = inputs * factors[:, None]
         else:
-            whole, clipped = self._inputs, self._side.clipped(factors)
+            gradient = gradient * factors[:, None]
         for row, patients in segments:
-            inputs, gradient = whole[patients], clipped[patients]
-            if self.is_one and len(inputs) > AT_ONCE and len(inputs) % AT_ONCE == 0:
-                left, right = (each.reshape(-1, AT_ONCE, each.shape[2]) for each in (gradient, inputs))
-                total[row] += torch.bmm(left.transpose(1, 2), right).sum(0).flatten()
+            left, right = gradient[patients], inputs[patients]
+            if len(left) > AT_ONCE and len(left) % AT_ONCE == 0:
+                parts = [each.reshape(-1, AT_ONCE, each.shape[1]) for each in (left, right)]
+                total[row] += torch.bmm(parts[0].transpose(1, 2), parts[1]).sum(0).flatten()
                 continue
-            for start in range(0, len(inputs), AT_ONCE):
+            for start in range(0, len(left), AT_ONCE):
                 some = slice(start, start + AT_ONCE)
-                left, right = _in_its_order(gradient[some], inputs[some])
-                total[row] += (left.T @ right).flatten()
+                total[row] += (left[some].T @ right[some]).flatten()
 
     def drop(self, kept: Tensor) -> None:
-        self._inputs = self._inputs.where(kept[:, None, None], 0.0)
-        self._side.drop(kept)
+        self._inputs = self._inputs.where(kept[:, None], 0.0)
+        self._gradient = self._gradient.where(kept[:, None], 0.0)
 
     def dense(self) -> Tensor:
-        return outer_sums(self._inputs, self._side.values).flatten(1)
+        return (self._gradient[:, :, None] * self._inputs[:, None, :]).flatten(1)
 
     def slots(self) -> list[Tensor]:
-        return [self._inputs, self._side.values]
-
-
-def _in_its_order(gradient: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """[n, k, o] and [n, k, i] as rows, [n * k, o] and [n * k, i]: in the order in which they lie in memory."""
-    if gradient.stride(0) < gradient.stride(1):
-        gradient, inputs = gradient.transpose(0, 1), inputs.transpose(0, 1)
-    return gradient.flatten(0, 1), inputs.flatten(0, 1)
+        return [self._inputs, self._gradient]
 
 
 class Rows:
@@ -198,13 +166,12 @@ class Rows:
         each = squares(self._each)
         return each.new_zeros(self._patients).index_add_(0, self._owners, each)
 
-    def floor(self) -> Tensor | None:
-        return None
-
     def add_clipped(self, total: Tensor, factors: Tensor, segments: Sequence[tuple[int, slice]]) -> None:
         clipped = (self._each * factors[self._owners, None]).double()
         for row, patients in segments:
-            inside = slice(*torch.searchsorted(self._owners, torch.tensor([patients.start, patients.stop])).tolist())
+            inside = slice(
+                *torch.searchsorted(self._owners, self._owners.new_tensor([patients.start, patients.stop])).tolist()
+            )
             total[row].view(self._height, self._width).index_add_(0, self._index[inside], clipped[inside])
 
     def drop(self, kept: Tensor) -> None:
@@ -225,30 +192,34 @@ class PatientTape:
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype
         self.forms: dict[nn.Parameter, Form] = {}
+        self._shared: tuple[Tensor, Tensor] | None = None
+        # of large tensors, that batches overwrite: to get megabytes anew from the system takes as long as to fill them
+        self._kept: dict[nn.Parameter, Tensor] = {}
         self._records = self._each = 0
-        self._side: tuple[Tensor, Side] | None = None
 
     def start(self, records: int, of_each: int) -> None:
         """Forget everything; the next batch has ``records`` records, ``of_each`` of every patient."""
-        self.forms, self._side = {}, None
+        self.forms, self._shared = {}, None
         self._records, self._each = records, of_each
 
     def outer(self, weight: nn.Parameter, inputs: Tensor, gradient: Tensor) -> None:
         self._expect(weight, inputs)
         self._expect(weight, gradient)
-        a = _accurate(inputs)
-        a = a.reshape(self._patients, -1, a.shape[-1])
-        if self._side is None or self._side[0] is not gradient:
-            g = _accurate(gradient)
-            self._side = gradient, Side(g.reshape(self._patients, -1, g.shape[-1]))
-        side = self._side[1]
-        products, terms = Products(a, side), a.shape[1]
-        # measured: the way through a gradient in full takes as long as some forty multiplications a number of it more
-        multiplications = terms * terms * (a.shape[2] + (0 if side.has_gram else side.values.shape[2]))
-        is_gram = terms == 1 or multiplications < _GRAM_PAYS * weight.numel()
-        if is_gram and terms > 1:
-            side.gram()
-        self._add(weight, products if is_gram else Samples(products.dense()))
+        a = _accurate(inputs).reshape(self._patients, -1, inputs.shape[-1]).contiguous()
+        if self._shared is None or self._shared[0] is not gradient:  # two weights of a layer may share it
+            g = _accurate(gradient).reshape(self._patients, -1, gradient.shape[-1]).contiguous()
+            self._shared = gradient, g
+        g = self._shared[1]
+        if a.shape[1] == 1:
+            self._add(weight, Products(a[:, 0], g[:, 0]))
+        else:
+            # a product whose rows are long is quicker: the longer side goes last
+            is_turned = g.shape[2] > a.shape[2]
+            kept = None if weight in self.forms else self._kept.get(weight)
+            sums = outer_sums(g, a, kept) if is_turned else outer_sums(a, g, kept)
+            if weight not in self.forms:
+                self._kept[weight] = sums
+            self._add(weight, Matrices(sums, weight.shape, is_turned=is_turned))
 
     def samples(self, parameter: nn.Parameter, each: Tensor) -> None:
         self._expect(parameter, each)
@@ -269,9 +240,7 @@ class PatientTape:
     @property
     def is_dense(self) -> bool:
         """Whether all matrices were used once a record: then a pass takes little memory, and large batches pay."""
-        return all(
-            isinstance(form, Products) and form.is_one for weight, form in self.forms.items() if weight.dim() > 1
-        )
+        return all(isinstance(form, Products) for weight, form in self.forms.items() if weight.dim() > 1)
 
     @property
     def _patients(self) -> int:

@@ -33,24 +33,21 @@ def steady_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return result if bias is None else result + bias
 
 
-def outer_sums(inputs: Tensor, gradient: Tensor) -> Tensor:
-    """sum_k g_k a_k^T of each: inputs [n, k, i], gradient [n, k, o] -> [n, o, i], in whole registers."""
-    outputs, width = gradient.shape[2], inputs.shape[2]
-    if outputs % _LANES == 0 and width % _LANES == 0:
-        return torch.bmm(gradient.transpose(1, 2), inputs)
-    return torch.bmm(_filled(gradient).transpose(1, 2), _filled(inputs))[:, :outputs, :width]
+def outer_sums(inputs: Tensor, gradient: Tensor, kept: Tensor | None = None) -> Tensor:
+    """sum_k g_k a_k^T of each: inputs [n, k, i], gradient [n, k, o] -> [n, o', i'], in whole registers.
 
-
-def gram(rows: Tensor) -> Tensor:
-    """[n, k, width] -> [n, k, k]: the products of each one's rows with each other."""
-    terms, width = rows.shape[1:]
-    if terms % _LANES or width % _LANES:
-        rows = functional.pad(rows, (0, -width % _LANES, 0, -terms % _LANES))
-    return torch.bmm(rows, rows.transpose(1, 2))[:, :terms, :terms]
+    o' and i' are o and i or a little more: zeros follow. ``kept``: an earlier call's result, to be written over if it fits.
+    """
+    left, right = _filled(gradient), _filled(inputs)
+    shape = (len(left), left.shape[2], right.shape[2])
+    if kept is None or kept.shape != shape or kept.dtype != inputs.dtype:
+        kept = inputs.new_empty(shape)
+    return torch.bmm(left.transpose(1, 2), right, out=kept)
 
 
 def _filled(values: Tensor) -> Tensor:
-    return functional.pad(values, (0, -values.shape[-1] % _LANES))
+    spare = -values.shape[-1] % _LANES
+    return functional.pad(values, (0, spare)) if spare else values
 
 
 def bias_samples(gradient: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from medfed.errors import UnsupportedModel
 from medfed.privacy.gradients.layers import attach
-from medfed.privacy.gradients.patient_tape import PatientTape, Products, Samples
+from medfed.privacy.gradients.patient_tape import Matrices, PatientTape, Products, Samples
 from medfed.privacy.gradients.recorder import Losses
 from medfed.privacy.gradients.slots import Slots
 
@@ -74,9 +74,8 @@ class TapedModel:
         """What each patient's share of a sum is made of."""
         self.run(inputs, labels, of_each=of_each)
         forms = [self.tape.forms[weight] for _, weight in self._weights if weight in self.tape.forms]
-        floors = [floor for form in forms if (floor := form.floor()) is not None]
         norms = torch.stack([form.squared_norms() for form in forms])
-        return Slots([*(slot for form in forms for slot in form.slots()), *norms, *floors], norms.sum(0))
+        return Slots([*(slot for form in forms for slot in form.slots()), *norms], norms.sum(0))
 
     def checked_slots(self, inputs: Tensor, labels: Tensor, of_each: int = 1) -> Slots:
         """``slots``, and ``UnsupportedModel`` (MF-160) for a model whose records are not what torch finds of them alone."""
@@ -95,7 +94,7 @@ class TapedModel:
         """
         held = 0
         for weight, form in self.tape.forms.items():
-            if isinstance(form, Samples):
+            if isinstance(form, Samples | Matrices):
                 held += batch * weight.numel() * weight.element_size()
             elif isinstance(form, Products) and shared:
                 held += batch // 2 * weight.numel() * weight.element_size()
