@@ -178,7 +178,7 @@ class Timings:
         """
         times = {}
         for mode in modes[::-1] if turned else modes:
-            if self.first[mode] < _QUICK_MS:
+            if self.first.get(mode, _QUICK_MS) < _QUICK_MS:
                 self.steps[mode]()
             times[mode] = timed_ms(self.steps[mode], self.case.device)
         return times

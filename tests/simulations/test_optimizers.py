@@ -98,7 +98,7 @@ def test_run_without_noise_takes_none_off(quick_folder: Path) -> None:
     cohort = load_cohort(system_seams().files, "breast-cancer", 1, 5)
     given = private.assignment.study
     assert "dp-adambc" in render(given)
-    again = rehearse(quick_folder / "given", cohort, Rehearsal(None, "local", seed=1), system_seams(), given)
+    again = rehearse(quick_folder / "given-average", cohort, Rehearsal(None, "local", seed=1), system_seams(), given)
     assert again.assignment.study.training.server_step == rule
 
 
