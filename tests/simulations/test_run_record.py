@@ -77,7 +77,7 @@ def make_run(quick_folder: Path, tiny_cohort) -> MakeRun:
             (place / "task.toml").write_text(text)
             cohort = replace(tiny_cohort, task=str(place / "task.toml"))
             # who is held out of a hospital of four is drawn: not all of them, with these draws
-            seams = replace(system_seams(), entropy=SeededEntropy(1, "record"))
+            seams = replace(system_seams(), entropy=SeededEntropy(1, place.name))
             done = rehearse(place / "parties", cohort, Rehearsal(epsilon=8.0, mode=mode), seams)
             write_results(FILES, place / "run", done.assignment, done.checkpoint, done.record)
             made[key] = Made(place / "run", place / "parties")
