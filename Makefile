@@ -10,7 +10,7 @@ MEDFED_DATA ?= $(wildcard $(CURDIR)/../shared/data)
 export MEDFED_DATA
 COHORT ?= breast-cancer
 
-.PHONY: install demo test test-rooms test-federation soak federation lint types bench bench-peers docs clean
+.PHONY: install demo test test-rooms test-runs soak federation lint types bench bench-peers docs clean
 
 install: $(VENV)/.installed
 
@@ -30,13 +30,14 @@ federation: install
 # two at once: the federation's processes wait for each other most of the time
 PYTEST = room=$$(mktemp -d) && trap 'rm -rf "$$room"' EXIT && PYTEST_DEBUG_TEMPROOT="$$room" $(BIN)/python -m pytest
 test: install
-	$(MAKE) --no-print-directory --output-sync=target --jobs=2 test-federation test-rooms
+	$(MAKE) --no-print-directory --output-sync=target --jobs=2 test-runs test-rooms
 
 test-rooms:
-	$(PYTEST) --ignore tests/federation
+	$(PYTEST) --ignore tests/federation --ignore tests/simulations
 
-test-federation:
-	$(PYTEST) tests/federation
+# whole runs, over TLS and simulated
+test-runs:
+	$(PYTEST) tests/federation tests/simulations
 
 # Flower's own simulation engine, for its test
 $(VENV)/.ray: $(VENV)/.installed
