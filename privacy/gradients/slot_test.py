@@ -22,7 +22,7 @@ Examples = Callable[[torch.Generator, int], tuple[Tensor, Tensor]]
 # than the rest, and where it is a few values of one record that seldom differ, a test might miss it
 _SIZES = (64, 32)
 _GRADIENT_BYTES = {64: 1 << 28, 32: 1 << 29}
-_HELD_BYTES = 1 << 27
+_HELD_BYTES = {256: 1 << 27, 64: 1 << 27, 32: 1 << 29}
 _SIZE_OF_DENSE = 256
 MANY = 192
 """Patients expected in a step from which on batches of 256 records pay, of models of dense layers alone."""
@@ -75,15 +75,15 @@ def settle_taped_batch(
     """For ``engine``, as ``settle_batch``: 64, 32 or 1; of models of dense layers alone, where patients ``are_many``, 256.
 
     What must be the same bits is all that a patient's share of a sum is made of, and its norm; also of patients with up to
-    ``most_records`` records each. Gradients in full stay within 128 MiB. Each of two patients is compared with torch's own
-    gradient of it alone.
+    ``most_records`` records each. Gradients in full stay within 128 MiB, those of 32 records within 512 MiB. Each of two
+    patients is compared with torch's own gradient of it alone.
     """
     refuse_mixing(model)
     with steady_arithmetic():
         taped = TapedModel(model, losses, device, dtype)
         _try_one(taped, examples, device)
         for size in (_SIZE_OF_DENSE, *_SIZES) if are_many and taped.tape.is_dense else _SIZES:
-            if taped.bytes_held(size, shared=most_records > 1) > _HELD_BYTES:
+            if taped.bytes_held(size, shared=most_records > 1) > _HELD_BYTES[size]:
                 continue
             widths = [1 << power for power in range((min(most_records, size // 2) - 1).bit_length() + 1)]
             if all(_slots_are_alike(taped, examples, size, device, width) for width in widths):

@@ -178,3 +178,26 @@ DEEP = {
 def test_models_of_the_catalogue_settle_without_refusal(family):
     make, examples = DEEP[family]
     assert settled(make(), examples) in (1, 32, 64)
+
+
+@pytest.mark.parametrize(("width", "size"), [(64, 64), (1024, 32), (4096, 1)])
+def test_batch_of_the_gradient_engine_stays_within_the_memory_for_gradients(width, size):
+    """Over steps a gradient is held in full: 0.03, 4 and 64 MiB a record."""
+
+    class Steps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.last = nn.Linear(width, width // 2, bias=False), nn.Linear(width // 2, 1)
+            if width > 64:
+                self.more = nn.Linear(width // 2, width, bias=False)
+
+        def forward(self, inputs):
+            hidden = self.inner(inputs)
+            if width > 64:
+                hidden = hidden + self.more(hidden)[..., : width // 2]
+            return self.last(torch.tanh(hidden).mean(1))
+
+    def examples(generator, count):
+        return torch.randn(count, 2, width, generator=generator), torch.randint(2, (count,), generator=generator)
+
+    assert slot_test.settle_taped_batch(Steps(), losses, examples, device=CPU) == size
