@@ -601,6 +601,7 @@ ADAM_BC = {"kind": "dp-adambc", "beta1": 0.9, "beta2": 0.99, "floor": 1e-6}
 ALL = {"training.server_step": ADAM, "training.average_last_rounds": 2}  # a study whose states have every array
 
 
+@settings(deadline=None)
 @given(completed=st.integers(0, 2**32 - 1), arrays=st.tuples(floats, floats, floats, floats))
 def test_state_reads_back_the_same(completed: int, arrays: tuple[list[float], ...], make_study: MakeStudy) -> None:
     state = ModelState(completed, *(np.array(values, np.float32) for values in arrays))

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
@@ -114,7 +114,7 @@ def drawn(case, dtype):
     return inputs, filled(records, outputs, *places, dtype=dtype, seed=1), shape, geometry
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(convolutions(), st.sampled_from([torch.float32, torch.float64]))
 def test_samples_by_the_rule_are_those_of_each_record_alone(case, dtype):
     inputs, gradient, shape, geometry = drawn(case, dtype)
@@ -125,7 +125,7 @@ def test_samples_by_the_rule_are_those_of_each_record_alone(case, dtype):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(convolutions(), st.sampled_from([torch.float32, torch.float64]), st.sampled_from([1, 1 << 12, 1 << 21]))
 def test_each_way_is_exact_whatever_goes_at_once(way, case, dtype, at_once):
     inputs, gradient, shape, geometry = drawn(case, dtype)
@@ -169,7 +169,7 @@ def test_known_shapes_go_their_measured_way_and_are_exact(name):
     assert error(weight_samples(inputs, gradient, geometry), true) < 1e-5
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(convolutions())
 def test_slots_of_any_convolution_are_alike(case):
     """Small products with odd sizes round by where in memory their rows begin, unless all begin alike."""

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -83,7 +83,7 @@ def check(layer, inputs):
         assert error(tape.found[weight], torch.stack(true)) < bound
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(
     st.sampled_from([1, 2, 3, 7]),
     st.integers(1, 4),
@@ -100,7 +100,7 @@ def test_group_norm_agrees_with_torch_record_by_record(records, groups, of_group
         check(layer, filled(records, groups * of_group, *space, dtype=dtype))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(
     st.sampled_from([1, 2, 3, 7]),
     st.lists(st.integers(1, 5), max_size=2),
