@@ -132,7 +132,7 @@ class Products:
             left, right = gradient[patients], inputs[patients]
             if len(left) > AT_ONCE and len(left) % AT_ONCE == 0:
                 parts = [each.reshape(-1, AT_ONCE, each.shape[1]) for each in (left, right)]
-                total[row] += torch.bmm(parts[0].transpose(1, 2), parts[1]).sum(0).flatten()
+                total[row] += torch.bmm(parts[0].transpose(1, 2), parts[1]).sum(0, dtype=torch.float64).flatten()
                 continue
             for start in range(0, len(left), AT_ONCE):
                 some = slice(start, start + AT_ONCE)
