@@ -52,7 +52,7 @@ lint: install
 	$(BIN)/ruff format --check .
 
 # mypy does not follow setuptools' package-dir: a farm of symbolic links shows it the installed layout
-ROOMS := client models privacy server simulations
+ROOMS := client models privacy server simulations studies
 types: install
 	rm -rf .typing && mkdir -p .typing/medfed
 	for file in medfed/*.py medfed/py.typed; do ln -s ../../$$file .typing/medfed/; done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from medfed.study import (
 )
 from medfed.toml_files import StrictModel, first_fault, read_values, validate
 
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(str(importlib.resources.files("medfed.studies")))
 FEWEST_HOSPITALS = 3
 
 

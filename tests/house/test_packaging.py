@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-ROOMS = ("client", "models", "privacy", "server", "simulations")
+ROOMS = ("client", "models", "privacy", "server", "simulations", "studies")
 SOURCES = ("medfed", *ROOMS)
 
 
@@ -75,7 +75,7 @@ def test_wheel_holds_every_source_under_its_import_name_and_nothing_else(wheel: 
 def test_wheel_holds_templates_and_type_marker(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     assert "medfed/py.typed" in names
-    assert {f"medfed/server/templates/{task}.toml" for task in ("breast-cancer", "heart-disease", "example")} <= names
+    assert {f"medfed/studies/{task}.toml" for task in ("breast-cancer", "heart-disease", "example")} <= names
 
 
 def test_wheel_has_the_three_commands(wheel: zipfile.ZipFile) -> None:
@@ -109,7 +109,7 @@ def test_installed_wheel_is_imported_from_where_it_lies(wheel: zipfile.ZipFile, 
     assert done.returncode == 0, done.stderr
     where, templates = done.stdout.splitlines()
     assert where == str(tmp_path / "medfed" / "__init__.py")
-    assert templates == str(sorted(path.stem for path in (ROOT / "server/templates").glob("*.toml")))
+    assert templates == str(sorted(path.stem for path in (ROOT / "studies").glob("*.toml")))
 
 
 def test_what_the_tests_need_is_pinned() -> None:
