@@ -10,7 +10,7 @@ MEDFED_DATA ?= $(wildcard $(CURDIR)/../shared/data)
 export MEDFED_DATA
 COHORT ?= breast-cancer
 
-.PHONY: install demo test test-rooms test-runs soak federation lint types bench bench-peers docs clean
+.PHONY: install demo test test-rooms test-runs soak federation lint types bench bench-peers docs results clean
 
 install: $(VENV)/.installed
 
@@ -18,7 +18,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt medfed/recurrent_cell.c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[sim,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[sim,explain,onnx,dev]'
 	touch $@
 
 demo: install
@@ -62,6 +62,11 @@ types: install
 # the pages made from the code: error codes, help texts
 docs: install
 	$(BIN)/python tests/hall/test_docs.py
+
+# docs/results.md and its pictures, from the committed figures. To measure what is missing of those (hours on a busy machine,
+# resumable): python -m medfed.simulations.results measure
+results: install
+	$(BIN)/python -m medfed.simulations.results write
 
 bench: install
 	$(BIN)/python -m medfed.simulations.benchmarks rounds --json

@@ -14,11 +14,12 @@ from medfed.advance import first_state
 from medfed.client.approved import Approved
 from medfed.client.compute import Compute
 from medfed.client.ledger import Approval, ApprovalOutlook, Caps, Ledger
+from medfed.client.own_models import allowed_model
 from medfed.client.site import Site
 from medfed.client.trainer import number_patients
 from medfed.errors import ConfigError, DataError, PrivacyError
 from medfed.identity import fingerprint
-from medfed.models import catalogue, parameters
+from medfed.models import parameters
 from medfed.models.records import Records
 from medfed.privacy.plan import Plan, make_plan
 from medfed.roster import Enrolment, Roster, load_enrolment, load_roster, require_small_delta
@@ -61,7 +62,7 @@ def review(site: Site, study_path: Path, peer_paths: Sequence[Path], standing: A
     roster = checked_roster(site, study, study_path.parent / ROSTER_NAME)
     position = own_position(site, roster)
     model_file = read_first_model(site, study, study_path.parent / MODEL_NAME)
-    model = catalogue.build(study)
+    model = allowed_model(study, site.config.policy)
     parameters.from_safetensors(model, model_file)
     plan = make_plan(study, parameters.count(model))
     site.config.policy.admit(study)
@@ -251,7 +252,7 @@ def load_approved(site: Site, study_hash: bytes, ledger: Ledger) -> Approved:
     if parameters.file_hash(model_file) != study.model.first_model_sha256:
         raise PrivacyError(124, "the approved first model was changed on disk", "approve the study again")
     site.config.policy.admit(study)  # it may have been tightened since
-    model = catalogue.build(study)
+    model = allowed_model(study, site.config.policy)
     first = first_state(parameters.from_safetensors(model, model_file), study)
     ledger.require_same_ids(site.patient_ids())
     records = site.read_records(study)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from medfed.client.after_training import add_commands
 from medfed.command import (
     Parser,
     confirm,
@@ -109,6 +110,14 @@ def build_parser() -> Parser:
     )
     _add_json(plan)
     _add_config(plan, _plan)
+    models = commands.add_parser(
+        "models",
+        help="list the models that studies may name, and the installed packages of own models",
+        description="The catalogue, and each installed package with models of a group's own: its hash, as studies pin it, its "
+        "entry points, and whether hospital.toml here allows it. No code of a package is run.",
+    )
+    _add_json(models)
+    _add_config(models, _models)
     verify = commands.add_parser(
         "verify",
         help="check the signed privacy statement of a run (exit status 4: it does not hold)",
@@ -123,6 +132,7 @@ def build_parser() -> Parser:
     withdraw.add_argument("study", help="its name, or the beginning of its hash")
     _add_yes(withdraw)
     _add_config(withdraw, _withdraw)
+    add_commands(commands)
     return parser
 
 
@@ -150,6 +160,7 @@ def _add_init(commands: argparse._SubParsersAction[Parser]) -> None:
     init.add_argument("--proxy", metavar="URL", help="HTTP proxy for the one outbound connection")
     init.add_argument("--images", type=Path, metavar="FOLDER", help="grey PNG files that a column of the records names")
     init.add_argument("--series", type=Path, metavar="FILE", help="measurements over time, one row a time (CSV)")
+    init.add_argument("--events", type=Path, metavar="FILE", help="coded events, one row an event (CSV)")
     init.add_argument("--record-column", metavar="COL", help="tells a patient's records apart, in records and series")
     init.add_argument(
         "--holdout", type=float, default=0.0, metavar="F", help="share of patients that never train (0 to 0.5)"
@@ -192,6 +203,7 @@ def _init(arguments: argparse.Namespace) -> int:
         holdout=arguments.holdout,
         images=None if arguments.images is None else _within(folder, arguments.images),
         series=None if arguments.series is None else _within(folder, arguments.series),
+        events=None if arguments.events is None else _within(folder, arguments.events),
         record_column=arguments.record_column,
         max_epsilon_study=arguments.max_epsilon_study,
         max_epsilon_lifetime=arguments.max_epsilon_lifetime,
@@ -365,6 +377,16 @@ def _plan(arguments: argparse.Namespace) -> int:
         planned = forecast(site, arguments.study, ledger, arguments.epsilon or WANTED)
     report(arguments.json, planned, in_words(planned))
     return ExitStatus.POLICY if planned["refusals"] else ExitStatus.HANDLED
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    from medfed.models.installed_models import in_words, models
+    from medfed.seams import system_seams
+
+    has_policy = arguments.config != CONFIG or system_seams().files.exists(CONFIG)
+    found = models(_site(arguments).config.policy.allowed_packages if has_policy else None)
+    report(arguments.json, found, in_words(found))
+    return ExitStatus.HANDLED
 
 
 def _verify(arguments: argparse.Namespace) -> int:

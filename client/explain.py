@@ -10,12 +10,14 @@ from medfed.client.approval import Review, coordinator_fingerprint
 from medfed.client.ledger import ApprovalOutlook, Caps
 from medfed.data_contract import DataContract, Feature, NumericFeature, Series, Text, Variable
 from medfed.display import block, shown
-from medfed.model_choice import described
+from medfed.model_choice import Own, described
 from medfed.privacy.plan import Plan
 from medfed.privacy.secagg.messages import OFFER_BYTES
 from medfed.privacy.secagg.protocol import AggregatorConfig
 from medfed.privacy.statement import NOT_CLAIMED, holds_against
 from medfed.study import Study
+from medfed.task_choice import target_in_words
+from medfed.volume_part import Volume
 from medfed.wire import release_size_bytes, upload_size_bytes
 from medfed.wording import asked_attempts, counted
 
@@ -73,6 +75,14 @@ class Leaving(TypedDict):
     values: int
 
 
+class Code(TypedDict):
+    """The package that makes an own model, as ``models/own_packages`` knows it; ``package_sha256`` is of all its files."""
+
+    package: str
+    package_sha256: str
+    entry_point: str
+
+
 class Card(TypedDict):
     """Everything the decision rests on. Texts are as the study has them: ``in_words`` makes them safe to show.
 
@@ -83,12 +93,13 @@ class Card(TypedDict):
     study_sha256: str
     purpose: str
     expires: str
-    label: str
-    classes: int
+    predicted: str
+    predicted_columns: list[str]
     columns: list[str]
     series: list[str]
     max_records_per_patient: int
     model: str
+    code: Code | None
     parameters: int
     records: int
     patients: int
@@ -140,12 +151,13 @@ def card(reviewed: Review, outlook: ApprovalOutlook, caps: Caps, *, coordinator_
         study_sha256=study.hash().hex(),
         purpose=study.study.purpose,
         expires=study.study.expires,
-        label=study.task.label,
-        classes=study.task.classes,
+        predicted=target_in_words(study.task),
+        predicted_columns=study.task.columns,
         columns=list(_columns(study.data)),
         series=[] if study.data.series is None else list(_series(study.data.series)),
         max_records_per_patient=study.data.max_records_per_patient,
         model=described(study.model),
+        code=_code(study),
         parameters=plan.words,
         records=len(patients),
         patients=len(set(patients)),
@@ -173,6 +185,13 @@ def card(reviewed: Review, outlook: ApprovalOutlook, caps: Caps, *, coordinator_
         coordinator_confirmed=coordinator_confirmed,
         leaves=_leaving(reviewed),
     )
+
+
+def _code(study: Study) -> Code | None:
+    own = study.model
+    if not isinstance(own, Own):
+        return None
+    return Code(package=own.package, package_sha256=own.package_sha256, entry_point=own.entry_point)
 
 
 def _participants(reviewed: Review) -> list[Participant]:
@@ -203,14 +222,54 @@ def _columns(data: DataContract) -> Iterator[str]:
     if data.image is not None:
         size = f"{data.image.height} x {data.image.width} pixels (height x width)"
         other = "is brought to it by averaging" if data.image.resize == "area" else "is an error"
-        yield f"{data.image.column}: the image it names, grey, {size}; another size {other}; nothing else of the file"
+        many = "image it names" if data.image.views is None else f"images it names, {data.image.views} at most"
+        yield f"{data.image.column}: the {many}, grey, {size}; another size {other}; nothing else of the file"
+    if data.volume is not None:
+        yield from _volume(data.volume)
     if data.text is not None:
         yield f"{data.text.column}: {_text(data.text)}"
+    yield from _further_parts(data)
+
+
+def _volume(volume: Volume) -> Iterator[str]:
+    size = f"{volume.depth} x {volume.height} x {volume.width} voxels (depth x height x width)"
+    other = "is brought to it by averaging" if volume.resize == "area" else "is an error"
+    yield (
+        f"{volume.column}: the volume it names (NIfTI), {size}, values from {volume.lower:g} to {volume.upper:g}; another size "
+        f"{other}; nothing else of the file"
+    )
+
+
+def _further_parts(data: DataContract) -> Iterator[str]:
+    if data.molecule is not None:
+        larger = "is an error" if data.molecule.larger == "refuse" else "is cut to its first ones"
+        yield f"{data.molecule.column}: a molecule's SMILES, at most {data.molecule.atoms} atoms; a larger one {larger}"
+    if data.fingerprint is not None:
+        made = f"{data.fingerprint.bits} bits of neighborhoods of up to {data.fingerprint.radius} bonds"
+        yield f"{data.fingerprint.column}: a molecule's SMILES, made into {made}"
+    if data.events is not None:
+        yield (
+            f"coded events: the last {data.events.length} of each record, each code as one of {data.events.buckets} numbers by "
+            "its hash, and how long before the last one it was; no list of codes is made"
+        )
+    if data.block is not None:
+        block = data.block
+        outside = "outside is an error" if block.outside == "refuse" else "outside counts as the bound"
+        yield f"{block.prefix}1 to {block.prefix}{block.count}: {block.minimum:g} to {block.maximum:g} {block.unit}, {outside}"
+    if data.mixed is not None and data.mixed.may_lack:
+        yield f"a record may be without: {', '.join(data.mixed.may_lack)}"
 
 
 def _text(text: Text) -> str:
     if text.tokens == "bytes":
         return f"a text, its first {text.length} bytes"
+    if text.tokens == "public-vocabulary":
+        return f"a text, its first {text.length} word pieces of a public vocabulary, of which you keep a copy"
+    if text.tokens == "given-words":
+        return (
+            f"a text whose words are parted by blanks, its first {text.length}, each by hashes of the word, its beginnings, its "
+            f"ends and its shape into {text.buckets} numbers; no list of words is made"
+        )
     return (
         f"a text, its first {text.length} words, each as one of {text.buckets} numbers by its hash; "
         "no list of words is made"
@@ -264,12 +323,22 @@ def _what(asked: Card) -> Iterator[str]:
     for place, paragraph in enumerate(asked["series"]):
         first, later = ("    | ", "    | ") if place else ("  - ", "    ")
         yield from textwrap.wrap(shown(paragraph), 100, initial_indent=first, subsequent_indent=later)
-    yield f"  - {shown(asked['label'])}: what is predicted, one of {asked['classes']} classes"
+    yield f"  - {shown(asked['predicted'])}"
     yield (
         f"Your data fit: {counted(asked['records'], 'record')} of {counted(asked['patients'], 'patient')}, "
         f"{asked['holdout_patients']} of them set aside and never trained on."
     )
     yield f"It trains: {asked['model']}, {asked['parameters']} parameters."
+    if asked["code"] is not None:
+        yield from _runs(asked["code"])
+
+
+def _runs(code: Code) -> Iterator[str]:
+    yield ""
+    yield f"IT RUNS CODE THAT IS NOT MEDFED'S: package {code['package']}, as installed here, with this process's rights,"
+    yield "on your records. medfed has found that its model keeps made-up patients apart, which catches mistakes; against code"
+    yield "that means ill it is no help. You answer for whose wheel this is. Approval holds for exactly these files:"
+    yield f"  {code['package_sha256']} (compare it with the authors' by telephone)"
 
 
 def _cost(asked: Card) -> Iterator[str]:

@@ -23,11 +23,12 @@ from medfed.client.explain import Cost, Lifetime, attempts_in_words, bound_in_wo
 from medfed.client.ledger import Approval, LedgerView
 from medfed.client.outlook import WANTED, Outlook, outlook
 from medfed.client.outlook import in_words as outlook_in_words
+from medfed.client.own_models import allowed_model
 from medfed.client.policy import hours_in_words
 from medfed.client.site import Site
 from medfed.display import shown
 from medfed.errors import MedfedError, PrivacyError
-from medfed.models import catalogue, parameters
+from medfed.models import parameters
 from medfed.privacy.plan import Plan, make_plan
 from medfed.roster import Roster, load_enrolment
 from medfed.study import Study, load_study
@@ -65,7 +66,7 @@ def forecast(site: Site, study_path: Path, ledger: LedgerView, wanted: Sequence[
     study = load_study(site.seams.files, study_path)
     if any(known.approval.study == study.hash() for known in ledger.studies()):
         raise PrivacyError(125, "this study was approved here already", "medfed-client budget shows what it costs")
-    model = catalogue.build(study)
+    model = allowed_model(study, site.config.policy)
     plan = make_plan(study, parameters.count(model))
     caps = caps_of(site)
     refusals: list[str] = []

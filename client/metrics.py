@@ -25,7 +25,7 @@ def metrics_sum(approved: Approved, state: ModelState, entropy: Entropy, noise: 
     total = np.zeros(plan.metrics_words, np.int64)
     if len(records.labels):
         parameters.assign(approved.model, released_weights(state, approved.study))
-        chances = tasks.probabilities(approved.model, approved.study.task, records.inputs, at_once=1)
+        chances = tasks.predictions(approved.model, approved.study.task, records.inputs, at_once=1)
         ids, unit = np.unique(np.array(records.patients, np.str_), return_inverse=True)
         shares = metrics.shares(approved.study, chances, records.labels, unit.astype(np.int64), len(ids))
         total = quantize(shares.ravel(), plan.metrics_exponent, plan.limit).reshape(shares.shape).sum(axis=0)

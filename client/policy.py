@@ -15,9 +15,10 @@ from pydantic import Field, field_validator, model_validator
 from medfed.client.ledger import Caps
 from medfed.errors import PrivacyError
 from medfed.health import HealthSection
-from medfed.model_choice import ModelName
+from medfed.model_choice import ModelName, Own, PackageName
 from medfed.seams import Files
 from medfed.study import Study
+from medfed.task_choice import TaskKind
 from medfed.toml_files import StrictModel, load
 
 Text = Annotated[str, Field(min_length=1, max_length=256)]
@@ -68,7 +69,9 @@ class DataSection(StrictModel):
     """Where the records are. Paths are relative to the folder of ``hospital.toml``.
 
     ``path``: the table, one row a record. ``images``: the folder of the image files that a column of the table names.
-    ``series``: the table of measurements, each with its time in hours in ``time_column``. ``record_column`` stands in both
+    ``series``: the table of measurements, each with its time in hours in ``time_column``. ``events``: the table of coded
+    events, each with its date or day in ``event_time_column`` and its code in ``code_column``. ``vocabulary``: the
+    file of a public vocabulary that a study of texts names. ``record_column`` stands in all
     tables and tells the records of a patient apart; without it a patient has one series. ``columns`` maps the study's name
     of a column (of either table) to the local one, where they differ. ``holdout`` is the share of patients, by a keyed hash
     of their id, that never train.
@@ -78,6 +81,10 @@ class DataSection(StrictModel):
     patient_column: Text
     images: PathText | None = None
     series: PathText | None = None
+    events: PathText | None = None
+    vocabulary: PathText | None = None
+    event_time_column: Text = "days"
+    code_column: Text = "code"
     time_column: Text = "hours"
     record_column: Text | None = None
     columns: Annotated[dict[Text, Text], Field(default_factory=dict, max_length=10_000)]
@@ -106,7 +113,8 @@ class ComputeSection(StrictModel):
 
 
 class Policy(StrictModel):
-    """The bounds, every one of which but ``hours`` must be set, and the gate: a study passes ``admit`` or is refused by name."""
+    """The bounds, every one of which but ``hours`` and ``own_models`` must be set, and the gate: a study passes ``admit`` or is
+    refused by name."""
 
     max_epsilon_study: Annotated[Epsilon, Field(description="most a study may cost one patient, at its own delta")]
     max_epsilon_lifetime: Annotated[Epsilon, Field(description="most all studies together may cost one patient")]
@@ -118,12 +126,16 @@ class Policy(StrictModel):
     min_colluders: Annotated[int, Field(ge=1, le=126, description="how many bad hospitals a study must allow for")]
     modes: Annotated[list[Literal["local", "distributed"]], Field(min_length=1, max_length=2)]
     units: Annotated[list[Literal["patient", "record"]], Field(min_length=1, max_length=2)]
-    tasks: Annotated[list[Literal["binary", "multiclass"]], Field(min_length=1, max_length=2)]
+    tasks: Annotated[list[TaskKind], Field(min_length=1, max_length=16)]
     models: Annotated[list[ModelName], Field(min_length=1, max_length=len(get_args(ModelName)))]
     max_sampling_rate: Annotated[float, Field(gt=0, le=1)]
     max_attempts: Annotated[int, Field(ge=1, le=110_000)]
     max_records_per_patient: Annotated[int, Field(ge=1, le=10_000)]
 
+    own_models: Annotated[
+        list[PackageName],
+        Field(default_factory=list, max_length=64, description="packages whose code may make models here, by name"),
+    ]
     hours: Annotated[
         Annotated[str, Field(pattern=rf"^{_TIME}-{_TIME}$")] | None,
         Field(description='such as "20:00-06:00", local time'),
@@ -205,6 +217,7 @@ class Policy(StrictModel):
         task, model = study.task.kind, study.model.name
         _need(task in self.tasks, 134, f'tasks of kind "{task}" are not allowed here', "tasks")
         _need(model in self.models, 134, f'model "{model}" is not allowed here', "models")
+        self.admit_code(study)
         _need(privacy.unit in self.units, 134, f'privacy unit "{privacy.unit}" is not allowed here', "units")
         _need(
             1 <= most <= self.max_records_per_patient,
@@ -212,6 +225,18 @@ class Policy(StrictModel):
             f"{most} records per patient are more than this hospital's {self.max_records_per_patient}",
             "max_records_per_patient",
         )
+
+    @property
+    def allowed_packages(self) -> list[str]:
+        """Whose code may make models here; none unless models lists "own", too."""
+        return self.own_models if "own" in self.models else []
+
+    def admit_code(self, study: Study) -> None:
+        """Raise MF-134 for a study whose model is code of a package that this hospital did not name. To be asked before the model
+        is made: that runs the code."""
+        if isinstance(study.model, Own):
+            allowed = study.model.package in self.allowed_packages
+            _need(allowed, 134, f"code of package {study.model.package} is not allowed here", "models and own_models")
 
     def _admit_cohort(self, study: Study) -> None:
         cohort = study.cohort

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ValidationError
 from medfed import __version__
 from medfed.client.ledger import LedgerView
 from medfed.client.site import Site
-from medfed.errors import RemoteProtocolError
+from medfed.errors import PrivacyError, RemoteProtocolError
+from medfed.model_choice import Own
 from medfed.models import catalogue, parameters
 from medfed.privacy.journal import LIMIT_BYTES, check_journal
 from medfed.privacy.page import page
@@ -93,10 +94,20 @@ def open_run(files: Files, folder: Path, site: Site | None) -> Run:
     study = _parsed(study_bytes, Study, "study.json")
     roster = load_roster(files, folder / "roster.json")
     _require(roster.to_bytes() == files.read(folder / "roster.json"), f"roster.json {_ODD}")
+    _require_known_code(study, site)
     plan = make_plan(study, parameters.count(catalogue.build(study)))
     public = None if site is None else site.identity().public
     own = roster.identities.index(public) if public in roster.identities else None
     return Run(files, folder, file, study_bytes, study, roster, plan, own)
+
+
+def _require_known_code(study: Study, site: Site | None) -> None:
+    """Making an own model runs the code of a package: only where a hospital's policy names it (MF-134)."""
+    if site is not None:
+        site.config.policy.admit_code(study)
+    elif isinstance(study.model, Own):
+        what = f"this run's model is code of package {study.model.package}"
+        raise PrivacyError(134, what, "verify it with the --config of a hospital whose policy names the package")
 
 
 def _parsed(data: bytes, kind: type[_Parsed], name: str) -> _Parsed:

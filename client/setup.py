@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -14,6 +15,7 @@ from medfed.identity import create_identity, create_node_key
 from medfed.model_choice import ModelName
 from medfed.roster import Enrolment, check_nominal_patients, enrol, load_enrolment
 from medfed.seams import Seams
+from medfed.task_choice import TaskKind
 from medfed.toml_files import parse, quoted
 
 
@@ -21,7 +23,8 @@ from medfed.toml_files import parse, quoted
 class SiteOptions:
     """What ``medfed-client init`` is told. The caps have no defaults: a hospital decides them.
 
-    ``images``, ``series`` and ``record_column``: as in ``policy.DataSection``, for studies that read them.
+    ``images``, ``series``, ``events`` and ``record_column``: as in ``policy.DataSection``, for studies that read them.
+    ``own_models``: packages whose code may make models here.
     """
 
     name: str
@@ -40,7 +43,9 @@ class SiteOptions:
     min_colluders: int
     images: str | None = None
     series: str | None = None
+    events: str | None = None
     record_column: str | None = None
+    own_models: tuple[str, ...] = ()
 
 
 def init_site(seams: Seams, folder: Path, options: SiteOptions) -> Enrolment:
@@ -79,7 +84,9 @@ def _config_text(options: SiteOptions) -> str:
     identity = '# identity = "..."' if options.fingerprint is None else f"identity = {quoted(options.fingerprint)}"
     images = _line("images", options.images, "images")
     series = _line("series", options.series, "series.csv")
+    events = _line("events", options.events, "events.csv")
     record_column = _line("record_column", options.record_column, "stay")
+    own_models = f"own_models = {_listed(options.own_models)}"
     return f"""\
 # What this hospital allows. Sovereign: nothing a study or the coordinator says can widen it.
 
@@ -99,6 +106,10 @@ holdout = {options.holdout}                    # share of patients set aside for
 {images}                  # folder of grey PNG files that a column of the table names
 {series}              # table of measurements over time: the patient, the time, one column a variable
 # time_column = "hours"              # of that table: hours since the patient's or record's beginning
+{events}              # table of coded events: the patient, the day, the code
+# event_time_column = "days"         # of that table: a date (2024-03-31) or a number of days
+# code_column = "code"
+# vocabulary = "vocabulary.txt"      # copy of the public vocabulary that a study of texts names
 {record_column}             # in both tables, where a patient has several records
 
 [data.columns]                       # study's name = "name in this file", where they differ, as in
@@ -115,8 +126,9 @@ min_honest = 2                       # hospitals that must be left beyond those:
 min_colluders = {options.min_colluders}                    # a study must withstand at least this many hospitals colluding
 modes = ["local", "distributed"]     # local: this hospital's noise alone protects; distributed: shared noise
 units = ["patient"]                  # "record" protects one record, not a person: add it only if you mean it
-tasks = ["binary", "multiclass"]     # kinds of prediction
-models = {_models()}
+tasks = {_listed(get_args(TaskKind))}       # kinds of prediction
+models = {_models(options.own_models)}
+{own_models}       # packages of own models whose code may run here, with "own" among models (docs/own_models.md)
 max_sampling_rate = 1.0              # largest chance of a patient to be in a step
 max_attempts = 10000                 # most rounds and spare attempts of a study
 max_records_per_patient = 1000       # largest cap a study may ask for
@@ -133,9 +145,13 @@ max_records_per_patient = 1000       # largest cap a study may ask for
 """
 
 
-def _models() -> str:
-    """Every model there is, to be struck out by hand."""
-    return "[" + ", ".join(quoted(name) for name in get_args(ModelName)) + "]"
+def _models(own_models: tuple[str, ...]) -> str:
+    """Every model there is, to be struck out by hand; other people's code only where it is asked for."""
+    return _listed(name for name in get_args(ModelName) if name != "own" or own_models)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return "[" + ", ".join(quoted(name) for name in names) + "]"
 
 
 def _line(key: str, value: str | None, example: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torch import nn
 
 from medfed.client.compute import Compute
 from medfed.models import catalogue, parameters, tasks
+from medfed.models.augmentation import augmented
+from medfed.models.made_up import made_up_records
 from medfed.models.records import Records
 from medfed.models.separability import require_separable
 from medfed.privacy.gradients.engine import Engine
@@ -72,7 +75,7 @@ def gradient_sum(
     ``compute``, ``expected``, ``Raises``: as for ``sums_of``.
     """
     total: NDArray[np.float64]
-    part = (patients, chosen_rows(study, patients, sampling_key))
+    part = with_copies(study, (patients, chosen_rows(study, patients, sampling_key)), sampling_key)
     (total,) = sums_of(study, model, weights, [part], compute, expected)
     return total
 
@@ -90,6 +93,27 @@ def chosen_rows(study: Study, patients: Patients, sampling_key: bytes) -> NDArra
     rows = np.flatnonzero(keep)
     turns = lots.words(patients.count)[patients.unit[rows]]
     return rows[np.lexsort((patients.unit[rows], turns))]
+
+
+def with_copies(study: Study, part: Part, sampling_key: bytes) -> Part:
+    """The chosen records and changed copies of them, if the study augments; all of a record belong to its patient.
+
+    Draws come from another key than the one that chose the rows, made from the same secret bytes.
+    """
+    augmentation, (patients, rows) = study.training.augmentation, part
+    if augmentation is None:
+        return part
+    lots = Keystream(hashlib.sha256(b"medfed augmentation" + sampling_key).digest())
+    images = np.asarray(patients.records.inputs[rows], np.float32)
+    last = images.shape[1] - (study.data.kind == "views")  # which views are there stays as it is
+    inputs = np.repeat(images, augmentation.copies, axis=0)
+    planes = last * (images.shape[2] if images.ndim == 5 else 1)
+    flat = images[:, :last].reshape(len(images), planes, *images.shape[-2:])
+    inputs[:, :last] = augmented(augmentation, flat, lots.words).reshape(len(inputs), last, *images.shape[2:])
+    copied = np.repeat(rows, augmentation.copies)
+    ids = tuple(patients.records.patients[row] for row in copied.tolist())
+    records = Records(inputs, patients.records.labels[copied], ids)
+    return Patients(records, patients.unit[copied], patients.count), np.arange(len(copied))
 
 
 def sums_of(
@@ -146,7 +170,7 @@ def _sums(
                 _examples(study),
                 device=device,
                 dtype=dtype,
-                most_records=study.data.max_records_per_patient,
+                most_records=_records_of_one(study),
                 are_many=are_many,
             )
             log.info("%s: physical batches of %d records on %s", study.study.name, compute.batches[form], device)
@@ -218,27 +242,27 @@ def _joined(
     return (inputs.double() if double else inputs), labels, owners, segments
 
 
+def _records_of_one(study: Study) -> int:
+    """Most that a patient has in a step, copies counted."""
+    augmentation = study.training.augmentation
+    return study.data.max_records_per_patient * (1 if augmentation is None else augmentation.copies)
+
+
 def _form(study: Study, device: torch.device) -> str:
     """Everything that the shapes of a study's computation depend on."""
     model = study.model.model_dump_json(exclude={"first_model_sha256"})
-    return "\n".join([model, study.data.model_dump_json(), study.task.model_dump_json(), str(device)])
+    parts = [
+        model,
+        study.data.model_dump_json(),
+        study.task.model_dump_json(),
+        str(_records_of_one(study)),
+        str(device),
+    ]
+    return "\n".join(parts)
 
 
 def _examples(study: Study) -> Examples:
-    """Made-up records of a study's form; of series and texts the last steps are padding, as many as chance has it."""
-
-    def draw(generator: torch.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        shape = (count, *study.data.shape)
-        if study.data.text is not None:
-            inputs = torch.empty(shape, dtype=torch.int64).random_(1, study.data.text.buckets + 1, generator=generator)
-        else:
-            inputs = torch.empty(shape).normal_(generator=generator)
-        if study.data.kind in ("series", "text"):
-            ends = torch.empty(count, 1, dtype=torch.int64).random_(1, shape[1] + 1, generator=generator)
-            inputs[torch.arange(shape[1]) >= ends] = 0
-        return inputs, torch.empty(count, dtype=torch.int64).random_(study.task.classes, generator=generator)
-
-    return draw
+    return functools.partial(made_up_records, study)
 
 
 def _within_cap(patients: Patients, cap: int, lots: Keystream) -> NDArray[np.bool_]:
@@ -261,8 +285,5 @@ def made_up_patients(study: Study, count: int) -> Patients:
 
 def warm_up(study: Study, model: nn.Module, compute: Compute | None = None) -> None:
     """Load, run and try out everything a round needs, on made-up records, so that round 1 is as fast as all."""
-    weights = parameters.flatten(model)
-    shape = (1, *study.data.shape)
-    inputs = np.zeros(shape, np.float32) if study.data.text is None else np.zeros(shape, np.int64)
-    zeros = Records(inputs, np.zeros(1, np.int64), ("nobody",))
-    gradient_sum(study, model, weights, number_patients(study, zeros), sampling_key=bytes(64), compute=compute)
+    weights, nobody = parameters.flatten(model), made_up_patients(study, 1)
+    gradient_sum(study, model, weights, nobody, sampling_key=bytes(64), compute=compute)

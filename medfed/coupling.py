@@ -12,17 +12,22 @@ from medfed.display import shown
 from medfed.errors import PrivacyError
 
 _COX = "Cox's partial likelihood compares each patient with all others of the batch"
+_HAZARD = (
+    'use a discrete-time hazard model (task.kind = "survival", head = "hazard"), whose loss is each patient\'s own'
+)
 _CONTRAST = "a contrastive loss compares patients with each other"
 _MIXES = "makes one record of two patients"
 _FIXED = "batches that are not drawn by independent coins are not what epsilon is computed for"
 
 COUPLING_KEYS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "loss": (
-        ("cox", _COX, "use a discrete-time hazard model, whose loss is each patient's own"),
+        ("cox", _COX, _HAZARD),
         ("contrast", _CONTRAST, "use a loss of each record alone"),
         ("triplet", _CONTRAST, "use a loss of each record alone"),
         ("", "a loss is not chosen by name, it must be each patient's own", "remove it: task.kind says which it is"),
     ),
+    "head": (("cox", _COX, _HAZARD),),
+    "kind": (("cox", _COX, _HAZARD),),
     "augmentation": (
         ("mixup", _MIXES, "add altered copies of a record as more records of the same patient"),
         ("cutmix", _MIXES, "add altered copies of a record as more records of the same patient"),

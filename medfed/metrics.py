@@ -19,7 +19,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from medfed.errors import LocalProtocolError
 from medfed.study import Study
+from medfed.task_choice import Classification
 from medfed.wording import counted
 
 Floats = NDArray[np.float64]
@@ -32,7 +34,13 @@ def words(study: Study) -> int:
 
 
 def _histograms(study: Study) -> int:
-    return 1 if study.task.kind == "binary" else study.task.classes + 1
+    return 1 if study.task.kind == "binary" else _classes(study) + 1
+
+
+def _classes(study: Study) -> int:
+    if not isinstance(study.task, Classification):  # the study's own schema forbids it
+        raise LocalProtocolError(900, f"metrics of a {study.task.kind} task", "please report this")
+    return study.task.classes
 
 
 def most_of_one_patient(study: Study) -> float:
@@ -63,7 +71,7 @@ def _one_hot(
     if study.task.kind == "binary":
         return [(labels == 1, place[:, 1])]
     likeliest = chances.argmax(1)
-    each = [(labels == index, place[:, index]) for index in range(study.task.classes)]
+    each = [(labels == index, place[:, index]) for index in range(_classes(study))]
     return [*each, (labels == likeliest, place[np.arange(len(labels)), likeliest])]
 
 

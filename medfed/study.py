@@ -18,11 +18,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from medfed.coupling import refuse_coupling
-from medfed.data_contract import Column, DataContract, Finite, NumericFeature, Scale
+from medfed.data_contract import DataContract, Finite, NumericFeature
 from medfed.errors import ConfigError, PrivacyError
-from medfed.model_choice import READS, ModelChoice, Sha256
+from medfed.model_choice import CLASSIC, READS, SOLVES, ModelChoice, Recurrent, Sha256
 from medfed.seams import Files
-from medfed.toml_files import StrictModel, read_values, validate
+from medfed.task_choice import Classification, Task
+from medfed.toml_files import StrictModel, read_values, validate, without_unset
 from medfed.wire import enc
 
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")]
@@ -38,28 +39,6 @@ class Header(StrictModel):
     def _date(self) -> Header:
         datetime.date.fromisoformat(self.expires)
         return self
-
-
-class Task(StrictModel):
-    """What the model predicts. ``class_weights`` are public constants, one a class."""
-
-    kind: Literal["binary", "multiclass"]
-    label: Column
-    classes: Annotated[int, Field(ge=2, le=1000)]
-    class_weights: Annotated[list[Scale], Field(max_length=1000)] | None = None
-
-    @model_validator(mode="after")
-    def _agree(self) -> Task:
-        if self.kind == "binary" and self.classes != 2:
-            raise ValueError("a binary task has classes = 2")
-        if self.class_weights is not None and len(self.class_weights) != self.classes:
-            raise ValueError("class_weights needs one weight a class")
-        return self
-
-    @property
-    def outputs(self) -> int:
-        """Number of logits: 1 for a binary task, else one a class."""
-        return 1 if self.kind == "binary" else self.classes
 
 
 class Momentum(StrictModel):
@@ -130,12 +109,6 @@ ServerStep = Momentum | Adam | DpAdamBC | FedAdagrad | FedYogi | FedAdam
 LocalStep = Momentum | DpAdamBC
 
 
-def _without_unset(values: dict[str, Any], later: str) -> dict[str, Any]:
-    """What a study says without key ``later`` where it is unset: keys that came after studies had been approved are left out
-    then, so that these keep their hash."""
-    return {key: value for key, value in values.items() if key != later or value is not None}
-
-
 class LocalSteps(StrictModel):
     """What a hospital does in a round of ``aggregate = "update"``: so many private gradient steps of its own.
 
@@ -153,7 +126,7 @@ class LocalSteps(StrictModel):
 
     @model_serializer(mode="wrap")
     def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_unset(handler(self), "step")
+        return without_unset(handler(self), "step")
 
     @property
     def longest_step(self) -> float:
@@ -184,6 +157,29 @@ class LocalSteps(StrictModel):
         return self
 
 
+AUGMENTED = frozenset({"image", "views", "volume"})
+"""Kinds of record that may be augmented."""
+
+
+class Augmentation(StrictModel):
+    """Changed copies of each image that a step uses, drawn anew in every step from the hospital's secret key.
+
+    A record's ``copies``, itself the first, count as records of its patient: their gradients are averaged before the clip, so
+    that a patient moves a sum no further than without. They cost time, not privacy. All bounds are public: ``shift`` in pixels;
+    ``turn_degrees`` and ``quarter_turns`` about the middle; ``flip``: left and right exchanged, every other time; ``crop``: the
+    share of a side that may be cut off; ``contrast`` and ``brightness``: an encoded value v becomes v (1 + c) + b.
+    """
+
+    copies: Annotated[int, Field(ge=2, le=64)]
+    shift: Annotated[float, Field(ge=0.0, le=64.0)] = 0.0
+    turn_degrees: Annotated[float, Field(ge=0.0, le=180.0)] = 0.0
+    quarter_turns: bool = False
+    flip: bool = False
+    crop: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
+    contrast: Annotated[float, Field(ge=0.0, le=0.9)] = 0.0
+    brightness: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
+
+
 class Training(StrictModel):
     """``learning_rates`` is a table of [first round, rate] of the server step; rounds count from 1.
 
@@ -201,10 +197,11 @@ class Training(StrictModel):
     server_step: Annotated[ServerStep, Field(discriminator="kind")]
     local: LocalSteps | None = None
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    augmentation: Augmentation | None = None
 
     @model_serializer(mode="wrap")
     def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_unset(handler(self), "ema_decay")
+        return without_unset(handler(self), "ema_decay", "augmentation")
 
     @model_validator(mode="after")
     def _agrees(self) -> Training:
@@ -402,6 +399,9 @@ class Study(StrictModel):
             numbers = [feature for feature in self.data.features if isinstance(feature, NumericFeature)]
             if self.data.kind != "table" or not numbers:
                 raise ValueError("statistics are of a table's numeric features")
+            if self.model.name not in ("logistic-regression", "mlp") or self.model.pretrained is not None:
+                # shift and stretch end in the first layer, which must be known and linear
+                raise ValueError(f"statistics are for logistic-regression and mlp, not for {self.model.name}")
             for feature in numbers:
                 if not feature.is_resolved:
                     # else 0 / 0: whether a hospital can answer at all would depend on one patient's value
@@ -425,6 +425,17 @@ class Study(StrictModel):
             raise ValueError("model.first_model_sha256 is missing")
         if self.data.kind not in READS[self.model.name]:
             raise ValueError(f"{self.model.name} does not take records of kind {self.data.kind}")
+        if self.training.augmentation is not None and self.data.kind not in AUGMENTED:
+            raise ValueError(f"augmentation is for images, not for records of kind {self.data.kind}")
+        if self.task.kind not in SOLVES.get(self.model.name, CLASSIC):
+            raise ValueError(f"{self.model.name} is not for tasks of kind {self.task.kind}")
+        if (self.task.kind == "tagging") != (self.data.text is not None and self.data.text.tokens == "given-words"):
+            raise ValueError('a tagging task needs a text of tokens = "given-words", and no other task takes one')
+        fading = isinstance(self.model, Recurrent) and self.model.decay is True
+        if fading and self.data.series is not None and self.data.series.fill != "forward":
+            raise ValueError('decay is of values that are carried forward: fill = "forward"')
+        if self.metrics is not None and not isinstance(self.task, Classification):
+            raise ValueError("metrics through the masked sum are for binary and multiclass tasks")
         return self
 
     @property

@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from datetime import date, datetime, time
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -38,6 +38,12 @@ class StrictModel(BaseModel):
 
 
 Model = TypeVar("Model", bound=BaseModel)
+
+
+def without_unset(values: dict[str, Any], *later: str) -> dict[str, Any]:
+    """What a study says without the keys ``later`` where they are unset: keys that came after studies had been approved are
+    left out then, so that these keep their hash."""
+    return {key: value for key, value in values.items() if key not in later or value is not None}
 
 
 def load(files: Files, path: Path, model: type[Model]) -> Model:

@@ -46,3 +46,33 @@ def times(value: float) -> str:
         return f"10^{math.ceil(value / math.log(10.0))}"
     factor = math.exp(value)
     return f"{math.ceil(factor * 100) / 100:.2f}" if factor < 100 else f"{math.ceil(factor):,}"
+
+
+METRICS = {
+    "auc": "AUC",
+    "accuracy": "accuracy",
+    "auprc": "area under precision and recall",
+    "brier": "Brier score",
+    "calibration_error": "calibration error",
+    "f1": "F1",
+    "f1_macro": "mean F1 over classes",
+    "f1_entity": "F1 of whole entities",
+    "precision_entity": "precision of whole entities",
+    "recall_entity": "recall of whole entities",
+    "c_index": "C-index",
+    "integrated_brier": "integrated Brier score",
+    "error": "mean score of usual records",
+    "effect_error": "error of each effect (root of the mean square)",
+    "effect_gain": "gain over the unadjusted difference (0 is none, 1 is perfect)",
+    "average_effect": "average effect",
+    "average_effect_error": "error of the average effect",
+    "unadjusted_error": "error of the unadjusted difference as average effect",
+    "rank_of_effect": "rank correlation of the effect",
+    "froc": "free-response score",
+}
+"""What people call a metric of ``models/tasks``."""
+
+
+def named(metric: str) -> str:
+    """A metric's name for people."""
+    return METRICS.get(metric, metric.replace("_", " "))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,34 +16,44 @@ _STABILIZER = 1e-4
 _VALUES_AT_ONCE = 1 << 16  # few enough to stay in a processor's cache
 
 
+def standardized(weight: Tensor) -> Tensor:
+    """float[outputs, inputs, *kernel] -> the same shape: each filter with mean 0 and variance 1 / fan-in."""
+    spread, mean = torch.var_mean(weight, dim=tuple(range(1, weight.dim())), correction=0, keepdim=True)
+    return (weight - mean) * torch.rsqrt(spread * weight[0].numel() + _STABILIZER)
+
+
+def way_back_of(weight: Tensor, samples: Tensor) -> Tensor:
+    """Gradients of ``standardized(weight)``, float[n, outputs, inputs, *kernel] -> of ``weight``, the same shape.
+
+    With c the filter less its mean and r = (|c|^2 + eps)^(-1/2): g -> r (g - mean g) - r^3 <g, c> c. Writes over
+    ``samples``, which must be contiguous, and returns them.
+    """
+    filters = weight.detach().flatten(1)
+    centered = filters - filters.mean(1, keepdim=True)
+    size = torch.rsqrt(centered.square().sum(1, keepdim=True) + _STABILIZER)
+    for part in torch.split(samples.flatten(2), max(1, _VALUES_AT_ONCE // filters.numel())):
+        along = (part * centered).sum(2, keepdim=True).mul_(size * size)
+        part.sub_(part.mean(2, keepdim=True)).addcmul_(along, centered, value=-1.0).mul_(size)
+    return samples
+
+
 class StandardizedConv2d(nn.Conv2d):
-    """A 3 x 3 convolution without bias, its filters standardised before use (Qiao et al. 2019, arXiv:1903.10520).
+    """A 3 x 3 (or 1 x 1) convolution without bias, its filters standardised before use (Qiao et al. 2019, arXiv:1903.10520).
 
     The gradient of ``weight`` is a linear function of the gradient of the weight that is used, the same function for every
     record: whoever takes gradients record by record needs ``used_weight``, an ordinary convolution and ``way_back``.
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False)
+    def __init__(self, inputs: int, outputs: int, stride: int, kernel: Literal[1, 3] = 3) -> None:
+        super().__init__(inputs, outputs, kernel_size=kernel, stride=stride, padding=kernel // 2, bias=False)
 
     def used_weight(self, weight: Tensor) -> Tensor:
-        """float[outputs, inputs, 3, 3] -> the same shape: each filter with mean 0 and variance 1 / fan-in."""
-        spread, mean = torch.var_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
-        return (weight - mean) * torch.rsqrt(spread * weight[0].numel() + _STABILIZER)
+        """``standardized``."""
+        return standardized(weight)
 
     def way_back(self, samples: Tensor) -> Tensor:
-        """Gradients of the weight that is used, float[n, outputs, inputs, 3, 3] -> of ``weight``, the same shape.
-
-        With c the filter less its mean and r = (|c|^2 + eps)^(-1/2): g -> r (g - mean g) - r^3 <g, c> c. Writes over
-        ``samples``, which must be contiguous, and returns them.
-        """
-        filters = self.weight.detach().flatten(1)
-        centered = filters - filters.mean(1, keepdim=True)
-        size = torch.rsqrt(centered.square().sum(1, keepdim=True) + _STABILIZER)
-        for part in torch.split(samples.flatten(2), max(1, _VALUES_AT_ONCE // filters.numel())):
-            along = (part * centered).sum(2, keepdim=True).mul_(size * size)
-            part.sub_(part.mean(2, keepdim=True)).addcmul_(along, centered, value=-1.0).mul_(size)
-        return samples
+        """``way_back_of`` its weight."""
+        return way_back_of(self.weight, samples)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return functional.conv2d(inputs, self.used_weight(self.weight), None, self.stride, self.padding)

@@ -1,4 +1,4 @@
-"""Grey images -> float32[n, 1, height, width], by the study's contract."""
+"""Grey images -> float32[n, 1, height, width], or several views of a record, by the study's contract."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medfed.data_contract import Image
-from medfed.models.cells import fault
+from medfed.models.cells import MISSING, fault
 
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 
@@ -22,18 +22,51 @@ def encode_images(contract: Image, images: Iterable[Pixels], rows: Sequence[int]
     """
     encoded = np.empty((len(rows), 1, contract.height, contract.width), np.float32)
     for index, (row, pixels) in enumerate(zip(rows, images, strict=True)):
-        if pixels.ndim != 2 or pixels.dtype not in (np.uint8, np.uint16) or not pixels.size:
-            raise fault(row, contract.column, "is no grey image of 8 or 16 bits", "export grey images")
-        white = int(np.iinfo(pixels.dtype).max)
-        values = pixels.astype(np.int64)
-        if pixels.shape != (contract.height, contract.width):
-            if contract.resize == "refuse":
-                what = f"is an image of another size than {contract.height} x {contract.width} pixels"
-                raise fault(row, contract.column, what, "bring it to that height and width")
-            values = _area_sums(_area_sums(values, contract.height).T, contract.width).T
-            white *= pixels.size
-        encoded[index, 0] = (values / white - contract.center) / contract.scale
+        encoded[index, 0] = _encoded(contract, pixels, row)
     return encoded
+
+
+def encode_views(
+    contract: Image, cells: Sequence[str], images: Iterable[Pixels], rows: Sequence[int]
+) -> NDArray[np.float32]:
+    """float32[n, views + 1, height, width] as ``Image.shape`` says; ``images`` are all that ``cells`` name, one after the other.
+
+    Raises: as ``encode_images``.
+    """
+    most = contract.views or 1
+    encoded = np.zeros((len(rows), most + 1, contract.height, contract.width), np.float32)
+    pixels = iter(images)
+    for index, (row, cell) in enumerate(zip(rows, cells, strict=True)):
+        present = encoded[index, most].reshape(-1)
+        for view, name in enumerate(view_names(contract, cell, row)):
+            if name:
+                encoded[index, view], present[view] = _encoded(contract, next(pixels), row), 1.0
+    return encoded
+
+
+def view_names(contract: Image, cell: str, row: int) -> list[str]:
+    """The files that a cell names, "" for a view that is absent. Raises ``DataError`` MF-301 for none or too many."""
+    names = [name.strip() for name in cell.split(";")]
+    names = ["" if name in MISSING else name for name in names]
+    if not any(names):
+        raise fault(row, contract.column, "names no image", "drop rows without an image")
+    if contract.views is not None and len(names) > contract.views:
+        raise fault(row, contract.column, f"names more than {contract.views} images", "name the study's views only")
+    return names
+
+
+def _encoded(contract: Image, pixels: Pixels, row: int) -> NDArray[np.float64]:
+    if pixels.ndim != 2 or pixels.dtype not in (np.uint8, np.uint16) or not pixels.size:
+        raise fault(row, contract.column, "is no grey image of 8 or 16 bits", "export grey images")
+    white = int(np.iinfo(pixels.dtype).max)
+    values = pixels.astype(np.int64)
+    if pixels.shape != (contract.height, contract.width):
+        if contract.resize == "refuse":
+            what = f"is an image of another size than {contract.height} x {contract.width} pixels"
+            raise fault(row, contract.column, what, "bring it to that height and width")
+        values = _area_sums(_area_sums(values, contract.height).T, contract.width).T
+        white *= pixels.size
+    return np.asarray((values / white - contract.center) / contract.scale)
 
 
 def _area_sums(values: NDArray[np.int64], size: int) -> NDArray[np.int64]:

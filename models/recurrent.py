@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from medfed.models.gru_d import InputDecay
 from medfed.models.head import linear_from_zero
+from medfed.models.summaries import summarise, width
 from medfed.recurrence import Cell, Weights, run, taped
 from medfed.recurrent_steps import Pass
 from medfed.tape import Tape
@@ -28,8 +30,10 @@ class Recurrent(nn.Module):
     """``layers`` LSTM or GRU layers, the last one's final state, and a linear layer begun at zero.
 
     With ``summaries`` that layer also sees the series' summaries (``summarise``), so that it starts as a logistic
-    regression on them. Parameters: g * h * (inputs + h + 1) for each layer, where g is 4 of an LSTM and 3 of a GRU, and
-    outputs * (h + 1 + summaries). An LSTM of h = 32 over 37 variables and 5 features: 14,497, with summaries 14,614.
+    regression on them. ``both_ways``: beside each layer one that goes back through the stay; the next sees both.
+    ``decay``: values carried forward fade (``gru_d.InputDecay``). Parameters: g * h * (inputs + h + 1) for each layer, where
+    g is 4 of an LSTM and 3 of a GRU, twice that of ``both_ways``, and outputs * (h + 1 + summaries). An LSTM of h = 32 over
+    37 variables and 5 features: 14,497, with summaries 14,688.
     """
 
     def __init__(
@@ -41,46 +45,37 @@ class Recurrent(nn.Module):
         hidden_size: int,
         layers: int,
         summaries: bool,
+        *,
+        both_ways: bool = False,
+        decay: bool = False,
     ) -> None:
         super().__init__()
-        widths = [2 * variables + 1 + features, *[hidden_size] * (layers - 1)]
+        ways = 2 if both_ways else 1
+        widths = [(3 if decay else 2) * variables + 1 + features, *[ways * hidden_size] * (layers - 1)]
         kind = LstmLayer if cell == "lstm" else GruLayer
+        self.decay = InputDecay(variables) if decay else nn.Identity()
         self.layers = nn.ModuleList([kind(width, hidden_size) for width in widths])
+        self.backward_layers = nn.ModuleList([kind(width, hidden_size) for width in widths] if both_ways else [])
         self.variables = variables
         self.summaries = summaries
-        self.head = linear_from_zero(hidden_size + (3 * variables + 1 + features if summaries else 0), outputs)
+        self.head = linear_from_zero(ways * hidden_size + (width(variables, features) if summaries else 0), outputs)
 
     def forward(self, series: Tensor) -> Tensor:
         inside = series[:, :, 2 * self.variables] > 0
-        states = series
-        for layer in self.layers:
-            states = layer(states, inside)
+        states = self.decay(series)
         seen = states[:, -1]
+        for place, layer in enumerate(self.layers):
+            onwards = layer(states, inside)
+            seen = onwards[:, -1]
+            if self.backward_layers:
+                # flipped, what lies outside the stay comes first, and leaves the state at zero
+                back = self.backward_layers[place](states.flip(1), inside.flip(1)).flip(1)
+                onwards, seen = torch.cat([onwards, back], dim=2), torch.cat([seen, back[:, 0]], dim=1)
+            states = onwards
         if self.summaries:
             seen = torch.cat([seen, summarise(series, self.variables)], dim=1)
         logits: Tensor = self.head(seen)
         return logits
-
-
-def summarise(series: Tensor, variables: int) -> Tensor:
-    """float[n, steps, 2 * v + 1 + f] -> float[n, 3 * v + 1 + f]: what the steps inside the stay come to.
-
-    The mean over them of each variable, of whether it was observed, and of each feature; in place of the mean of the
-    channel that says what lies inside, which is 1, their share of all steps; each variable's last observed value (0, its
-    center, if nowhere). Least and greatest values are left out: they tell little beside these, and every number more takes
-    its part of the clipping norm.
-    """
-    inside = series[:, :, 2 * variables : 2 * variables + 1] > 0
-    steps = inside.sum(1)
-    means = torch.where(inside, series, 0.0).sum(1) / steps.clamp(min=1)
-    share = steps / series.shape[1]
-    observed = (series[:, :, variables : 2 * variables] > 0) & inside
-    places = torch.arange(series.shape[1], device=series.device)[:, None]
-    latest = torch.where(observed, places, 0).amax(1, keepdim=True)
-    last = series[:, :, :variables].gather(1, latest)[:, 0]
-    last = torch.where(observed.any(1), last, 0.0)
-    parts = [means[:, : 2 * variables], share.to(series.dtype), means[:, 2 * variables + 1 :], last]
-    return torch.cat(parts, dim=1)
 
 
 class _Layer(nn.Module):

@@ -15,6 +15,7 @@ from medfed.models.head import linear_from_zero
 
 _WORDS = 0.03  # standard deviation of a text's first embeddings
 _PLACES = 0.02
+_EVENTS = 0.3
 
 
 class TextTransformer(nn.Module):
@@ -37,6 +38,27 @@ class TextTransformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.head(self.encoder(self.embedding(tokens), tokens > 0))
+        return logits
+
+
+class EventTransformer(nn.Module):
+    """Events int64[n, length, 2], code and time each below ``tokens``, 0 and 0 padding -> logits.
+
+    An event is the sum of its two embeddings. Parameters: as of ``TextTransformer``.
+    """
+
+    def __init__(
+        self, tokens: int, outputs: int, embedding_size: int, heads: int, layers: int, feedforward_size: int
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(tokens, embedding_size)
+        nn.init.normal_(self.embedding.weight, std=_EVENTS)
+        self.encoder = Encoder(embedding_size, heads, layers, feedforward_size, places=_PLACES, last=nn.Identity())
+        self.head = linear_from_zero(embedding_size, outputs)
+
+    def forward(self, events: Tensor) -> Tensor:
+        embedded = self.embedding(events)
+        logits: Tensor = self.head(self.encoder(embedded[:, :, 0] + embedded[:, :, 1], events[:, :, 0] > 0))
         return logits
 
 

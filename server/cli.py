@@ -17,8 +17,10 @@ from medfed.process import keep_secrets
 from medfed.wording import counted, rounds_by_kind
 
 if TYPE_CHECKING:
+    from medfed.models.warm_start import WarmStart
     from medfed.roster import Roster
     from medfed.seams import Seams
+    from medfed.server.planning import TaskFile
     from medfed.server.study_folder import Extension
 
 CONFIG = Path("server.toml")
@@ -103,6 +105,21 @@ def _add_study(commands: argparse._SubParsersAction[Parser]) -> None:
         type=int,
         metavar="N",
         help="the most in a sum, hospitals that join later included (default: as many as are enrolled)",
+    )
+    new.add_argument(
+        "--first-model",
+        type=Path,
+        metavar="FILE",
+        help="first weights from this safetensors file, such as a released model's, in the place of random ones",
+    )
+    new.add_argument(
+        "--partly", action="store_true", help="of that file take what fits by name and shape, draw the rest"
+    )
+    new.add_argument(
+        "--word-vectors",
+        type=Path,
+        metavar="FILE",
+        help="public vectors of words (text form of GloVe or word2vec) as first rows of a text model's embedding",
     )
     new.add_argument("--replace", action="store_true", help="replace the study that is there")
     _add_folder(new, _new)
@@ -194,6 +211,8 @@ def _show_task(arguments: argparse.Namespace) -> int:
 
 
 def _new(arguments: argparse.Namespace) -> int:
+    from medfed.models import catalogue
+    from medfed.models.warm_start import take_over
     from medfed.roster import load_roster
     from medfed.seams import system_seams
     from medfed.server.explain import check, in_words
@@ -216,13 +235,31 @@ def _new(arguments: argparse.Namespace) -> int:
         drop_outs=arguments.drop_outs,
         most_hospitals=arguments.most_hospitals,
     )
-    study, model_file = plan_study(load_task(seams.files, arguments.task), decisions, roster)
+    task = load_task(seams.files, arguments.task)
+    start = _start(arguments, task, seams)
+    study, model_file = plan_study(task, decisions, roster, start)
     lines = list(in_words(check(study, roster, seams.clock.wall())))
+    lines += [] if start is None else take_over(catalogue.build(study), start).in_words()
     with _not_running(seams, folder, matters=arguments.replace):
         write_study(seams.files, folder / "study", StudySet(study, roster, model_file), replace=arguments.replace)
     say_lines(lines)
     say("Give study.toml, roster.json and first_model.safetensors to every hospital.")
     return ExitStatus.HANDLED
+
+
+def _start(arguments: argparse.Namespace, task: TaskFile, seams: Seams) -> WarmStart | None:
+    from medfed.models.warm_start import WarmStart
+    from medfed.models.word_vectors import vector_start
+
+    if arguments.word_vectors is not None:
+        if arguments.first_model is not None:
+            raise ConfigError(100, "first weights come from a model or from word vectors", "leave one of them out")
+        return vector_start(task.data, task.model, seams.files.read(arguments.word_vectors)).start
+    if arguments.first_model is None:
+        if arguments.partly:
+            raise ConfigError(100, "--partly is about a file of first weights", "name it with --first-model")
+        return None
+    return WarmStart(seams.files.read(arguments.first_model), arguments.partly)
 
 
 def _extend(arguments: argparse.Namespace) -> int:

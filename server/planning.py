@@ -16,6 +16,7 @@ from medfed.display import shown
 from medfed.errors import ConfigError, PrivacyError
 from medfed.model_choice import ModelChoice
 from medfed.models import catalogue, parameters
+from medfed.models.warm_start import WarmStart, take_over
 from medfed.privacy import plan as plans
 from medfed.roster import Roster
 from medfed.seams import Files
@@ -29,10 +30,10 @@ from medfed.study import (
     Quantization,
     Statistics,
     Study,
-    Task,
     Training,
     least_survivors,
 )
+from medfed.task_choice import Task
 from medfed.toml_files import StrictModel, first_fault, read_values, validate
 
 TEMPLATES = Path(str(importlib.resources.files("medfed.studies")))
@@ -103,14 +104,16 @@ class Decisions:
     most_hospitals: int | None = None
 
 
-def plan_study(task: TaskFile, decisions: Decisions, roster: Roster) -> tuple[Study, bytes]:
+def plan_study(
+    task: TaskFile, decisions: Decisions, roster: Roster, start: WarmStart | None = None
+) -> tuple[Study, bytes]:
     """The study and its first model's safetensors file. The noise is calibrated for rounds and spares together.
 
     A model with random first weights takes them from torch's generator, seeded by the operating system: first weights
-    are public and carry no secret.
+    are public and carry no secret. ``start``: first weights from a file instead, which are as public as it.
 
-    Raises: ``ConfigError`` MF-203 for values no study may have, ``PrivacyError`` MF-140 for fewer than 3 hospitals, MF-142 for
-    too many drop-outs, MF-145 for a ring too narrow.
+    Raises: ``ConfigError`` MF-151..153 for a file that does not fit, MF-203 for values no study may have, ``PrivacyError`` MF-140
+    for fewer than 3 hospitals, MF-142 for too many drop-outs, MF-145 for a ring too narrow.
     """
     if len(roster.hospitals) < FEWEST_HOSPITALS:
         raise PrivacyError(
@@ -146,6 +149,8 @@ def plan_study(task: TaskFile, decisions: Decisions, roster: Roster) -> tuple[St
             203, f"these decisions make no study: {first_fault(error)}", "see medfed-server study new -h"
         ) from error
     model = catalogue.build(draft)
+    if start is not None:
+        take_over(model, start)
     model_file = parameters.to_safetensors(model, parameters.flatten(model))
     pinned = draft.model.model_copy(update={"first_model_sha256": parameters.file_hash(model_file)})
     if task.metrics is not None and task.metrics.noise_multiplier is None:

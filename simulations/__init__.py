@@ -5,7 +5,7 @@ From Python, the whole of ``medfed-simulate run``::
     from medfed.simulations import Rehearsal, simulate
 
     run = simulate(None, "heart-disease", Rehearsal(epsilon=1.0, mode="distributed"))
-    run.result.test_auc, run.folder
+    run.result.test_metric, run.folder
 
 Names are imported when they are first used: importing this package is light.
 """

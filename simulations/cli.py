@@ -9,13 +9,16 @@ import argparse
 import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medfed.command import Parser, new_parser, report, run_command, say, say_json, say_lines
 from medfed.errors import ConfigError, ExitStatus
+from medfed.wording import named
 
 if TYPE_CHECKING:
+    from medfed.models.warm_start import WarmStart
     from medfed.seams import Seams
     from medfed.simulations.absence import Absences
     from medfed.simulations.evaluation import Evaluation
@@ -106,6 +109,15 @@ def _add_run(commands: argparse._SubParsersAction[Parser]) -> None:
         help="hold a fifth of the training patients out and measure the model on them by noised counts through the masked sum",
     )
     run.add_argument("--seed", type=_seed, metavar="S", help="split and all randomness repeat; not private")
+    run.add_argument(
+        "--first-model",
+        type=Path,
+        metavar="FILE",
+        help="first weights from this safetensors file, such as an earlier run's, in the place of random ones",
+    )
+    run.add_argument(
+        "--partly", action="store_true", help="of that file take what fits by name and shape, draw the rest"
+    )
     run.add_argument(
         "--exact",
         action="store_true",
@@ -324,6 +336,7 @@ def _run(arguments: argparse.Namespace) -> int:
     seams = system_seams()
     study = None if arguments.study is None else load_study(seams.files, arguments.study)
     plan = _plan(arguments) if study is None else _plan_of(study, arguments)
+    plan = replace(plan, start=_start(arguments, seams))
     data: str | list[Cohort]
     if arguments.data is not None:
         data, hospitals, split_seeds = _own_cohorts(study, arguments, seams), None, None
@@ -353,6 +366,17 @@ def _run(arguments: argparse.Namespace) -> int:
 
         show_run(simulation, has_study=study is not None)
     return ExitStatus.HANDLED
+
+
+def _start(arguments: argparse.Namespace, seams: Seams) -> WarmStart | None:
+    """First weights that are not drawn by chance."""
+    from medfed.models.warm_start import WarmStart
+
+    if arguments.first_model is None:
+        if arguments.partly:
+            raise ConfigError(100, "--partly is about a file of first weights", "name it with --first-model")
+        return None
+    return WarmStart(seams.files.read(arguments.first_model), arguments.partly)
 
 
 def _backend(arguments: argparse.Namespace, seams: Seams) -> Backend | None:
@@ -419,10 +443,10 @@ def _cohort_for(study: Study | None, arguments: argparse.Namespace, seams: Seams
 
     if study is None:
         return arguments.cohort or DEFAULT_COHORT, arguments.hospitals
-    fitting = [name for name in COHORTS if load_task(seams.files, name).task.label == study.task.label]
+    fitting = [name for name in COHORTS if load_task(seams.files, name).task.columns == study.task.columns]
     cohort = arguments.cohort or next(iter(fitting), None)
     if cohort is None:
-        what = f"no public cohort has the study's label {study.task.label}"
+        what = f"no public cohort has the study's label {study.task.columns[0]}"
         raise ConfigError(203, what, "see medfed-simulate cohorts, or name a table of your own with --data")
     is_fixed = cohort in COHORTS and COHORTS[cohort].fixed
     return cohort, arguments.hospitals or (None if is_fixed else study.cohort.hospitals)
@@ -510,11 +534,12 @@ def _evaluated(run: Path, evaluation: Evaluation) -> Iterable[str]:
         return "undefined (one class only)" if value is None else f"{value:.4f}"
 
     yield f"{run}: {evaluation.cohort}, split {evaluation.split_seed}, {evaluation.test_records} test records"
-    yield f"  AUC {number(evaluation.test_auc)}, accuracy {number(evaluation.test_accuracy)}"
-    same = "the same" if evaluation.as_recorded else f"NOT the same: {number(evaluation.recorded_test_auc)}"
+    values = [f"{named(name)} {number(value)}" for name, value in evaluation.test_metrics.items()]
+    yield f"  {', '.join(values)}"
+    same = "the same" if evaluation.as_recorded else f"NOT the same: {number(evaluation.recorded_test_metric)}"
     yield f"  result.json says {same} of this split, the first: the saved model is its"
     for name, area in evaluation.per_hospital.items():
-        yield f"  {name}: AUC {number(area)}"
+        yield f"  {name}: {named(evaluation.metric)} {number(area)}"
     yield f"  evaluation: {evaluation.evaluation}; {'; '.join(evaluation.stamps)}"
 
 

@@ -49,7 +49,7 @@ class Dataset:
     licence: str
     citation: str
     page: str
-    kind: Literal["table", "images", "series", "text"]
+    kind: Literal["table", "images", "series", "text", "molecules"]
     downloads: tuple[Download, ...]
     needs: tuple[tuple[str, ...], ...]
 
@@ -68,6 +68,14 @@ _HEART_HASHES = (
 _ABSTRACTS = (
     "https://raw.githubusercontent.com/sebischair/Medical-Abstracts-TC-Corpus/70a2d9106c724729be8b3c4ddb00d1b14ec300c8"
 )
+_DISEASES = "https://raw.githubusercontent.com/spyysalo/ncbi-disease/5a266c6fc76fb2b5184cfa397ff0a5ecdb133aec/conll"
+_DISEASE_HASHES = (
+    ("train", "5f87b0de649eccff21e6d6e49e304aace808056ecae55225ea31602192517be9"),
+    ("devel", "b4e1e7efcc2a35047bf2f3d281648357470e674f555d4a26a0049ac37d59cc61"),
+    ("test", "8f088ce45dc4746592188f9e69de3d89d87f3bb8f0ed8c4a287d018123fa148d"),
+)
+_MOLECULES = "https://deepchemdata.s3-us-west-1.amazonaws.com/datasets"
+_FLAMBY = "https://raw.githubusercontent.com/owkin/FLamby/0fc059bbb55dacaa1afa0bf8e053df1d33b8dd4a/flamby/datasets/fed_tcga_brca"
 _CHALLENGE = "https://physionet.org/files/challenge-2012/1.0.0"
 
 DATASETS: dict[str, Dataset] = {
@@ -136,6 +144,32 @@ DATASETS: dict[str, Dataset] = {
         ),
         needs=(("set_a_hourly.npz",), ("set-a.tar.gz", "Outcomes-a.txt"), ("set-a.tar.xz", "Outcomes-a.txt")),
     ),
+    "brca-survival": Dataset(
+        name="brca-survival",
+        folder="fed_tcga_brca",
+        title="Fed-TCGA-BRCA, overall survival with breast cancer, 1,088 patients of six regions",
+        licence="NCI GDC open-access clinical data (GDC data use policies); FLamby's preparation MIT",
+        citation="du Terrail et al., FLamby, NeurIPS 2022; The Cancer Genome Atlas, Nature 490:61 (2012),",
+        page="github.com/owkin/FLamby",
+        kind="table",
+        downloads=(
+            Download(
+                f"{_FLAMBY}/brca.csv",
+                "brca.csv",
+                "sha256:07cb53423f7d579d33cfdbf2cba57b2aee75318b85866c68ce39a75b1f1ba020",
+                "a record of this file made elsewhere",
+                1 << 22,
+            ),
+            Download(
+                f"{_FLAMBY}/dataset_creation_scripts/train_test_split.csv",
+                "train_test_split.csv",
+                "sha256:5075d0e6f55daaab30dd86ef86b6ae04f08add8e3dc28f3404029d4edf3d4ab4",
+                "a record of this file made elsewhere",
+                1 << 20,
+            ),
+        ),
+        needs=(("brca.csv", "train_test_split.csv"),),
+    ),
     "medical-abstracts": Dataset(
         name="medical-abstracts",
         folder="text_medical_abstracts",
@@ -161,6 +195,64 @@ DATASETS: dict[str, Dataset] = {
             ),
         ),
         needs=(("medical_tc_test.csv",),),
+    ),
+    "ncbi-disease": Dataset(
+        name="ncbi-disease",
+        folder="ner_ncbi_disease",
+        title="NCBI disease corpus, sentences of 793 abstracts with the names of diseases tagged",
+        licence="public domain (US government work)",
+        citation="Dogan, Leaman, Lu, J Biomed Inform 47 (2014), in the form of CoNLL by S. Pyysalo,",
+        page="github.com/spyysalo/ncbi-disease",
+        kind="text",
+        downloads=tuple(
+            Download(
+                f"{_DISEASES}/{part}.tsv",
+                f"{part}.tsv",
+                f"sha256:{digest}",
+                "the publisher's repository at this commit",
+                1 << 22,
+            )
+            for part, digest in _DISEASE_HASHES
+        ),
+        needs=(tuple(f"{part}.tsv" for part, _ in _DISEASE_HASHES),),
+    ),
+    "bbbp": Dataset(
+        name="bbbp",
+        folder="moleculenet",
+        title="BBBP, 2,050 molecules and whether they pass the blood-brain barrier",
+        licence="no single licence: cite",
+        citation="Martins et al., J Chem Inf Model 52 (2012), in MoleculeNet, Wu et al., Chem Sci 9 (2018),",
+        page="moleculenet.org",
+        kind="molecules",
+        downloads=(
+            Download(
+                f"{_MOLECULES}/BBBP.csv",
+                "BBBP.csv",
+                None,
+                "nothing: its publisher names no checksum",
+                1 << 22,
+            ),
+        ),
+        needs=(("BBBP.csv",),),
+    ),
+    "clintox": Dataset(
+        name="clintox",
+        folder="moleculenet",
+        title="ClinTox, 1,491 drugs: approved, failed for toxicity",
+        licence="no single licence: cite",
+        citation="Gayvert et al., Cell Chem Biol 23 (2016), in MoleculeNet, Wu et al., Chem Sci 9 (2018),",
+        page="moleculenet.org",
+        kind="molecules",
+        downloads=(
+            Download(
+                f"{_MOLECULES}/clintox.csv.gz",
+                "clintox.csv.gz",
+                "md5:db4f2df08be8ae92814e9d6a2d015284",
+                "several independent records of this file",
+                1 << 22,
+            ),
+        ),
+        needs=(("clintox.csv",), ("clintox.csv.gz",)),
     ),
 }
 

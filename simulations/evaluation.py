@@ -31,7 +31,7 @@ class _Recorded(BaseModel):
     cohort: str
     hospitals: Annotated[int, Field(ge=1)]
     seeds: list[int | None]
-    test_auc_by_seed: list[float | None]
+    test_metric_by_seed: list[float | None]
     training_patients: int
     stamps: list[str]
 
@@ -43,17 +43,19 @@ class Evaluation:
     cohort: str
     split_seed: int
     test_records: int
-    test_auc: float | None
-    test_accuracy: float | None
+    metric: str
+    test_metric: float | None
+    test_metrics: dict[str, float | None]
     per_hospital: dict[str, float | None]
-    recorded_test_auc: float | None
+    recorded_test_metric: float | None
     as_recorded: bool
     evaluation: str
     stamps: tuple[str, ...]
 
     def to_json(self) -> dict[str, object]:
         """The dictionary of ``medfed-simulate evaluate --json``."""
-        return asdict(self)
+        accuracy, has_area = self.test_metrics.get("accuracy"), self.metric == "auc"
+        return {**asdict(self), "test_auc": self.test_metric if has_area else None, "test_accuracy": accuracy}
 
 
 def evaluate_run(folder: Path, seams: Seams) -> Evaluation:
@@ -73,11 +75,12 @@ def evaluate_run(folder: Path, seams: Seams) -> Evaluation:
         cohort=cohort.name,
         split_seed=seed,
         test_records=sum(hospital.records for hospital in scores.hospitals),
-        test_auc=scores.auc,
-        test_accuracy=scores.accuracy,
-        per_hospital={hospital.name: hospital.auc for hospital in scores.hospitals},
-        recorded_test_auc=recorded.test_auc_by_seed[0],
-        as_recorded=scores.auc == recorded.test_auc_by_seed[0],
+        metric=scores.primary,
+        test_metric=scores.metric,
+        test_metrics=scores.metrics,
+        per_hospital={hospital.name: hospital.metric for hospital in scores.hospitals},
+        recorded_test_metric=recorded.test_metric_by_seed[0],
+        as_recorded=scores.metric == recorded.test_metric_by_seed[0],
         evaluation=cohort.evaluation,
         stamps=tuple(recorded.stamps),
     )
@@ -89,6 +92,6 @@ def _recorded(folder: Path, seams: Seams) -> _Recorded:
         recorded = _Recorded.model_validate_json(data)
     except ValidationError:
         raise ConfigError(201, f"{RESULT_NAME} is not what medfed-simulate run writes", "name a run's folder") from None
-    if not recorded.seeds or len(recorded.seeds) != len(recorded.test_auc_by_seed):
+    if not recorded.seeds or len(recorded.seeds) != len(recorded.test_metric_by_seed):
         raise ConfigError(203, f"{RESULT_NAME} names no split", "name a run's folder")
     return recorded

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medfed.data_contract import Series
+from medfed.models.event_records import CodedEvents
 from medfed.models.records import Records, encode_records
 from medfed.models.series_records import Measurements
+from medfed.models.volume_records import Scan
 from medfed.seams import Files
 from medfed.study import Study
 
@@ -29,7 +32,9 @@ PATIENT_COLUMN = "patient"
 TIME_COLUMN = "hours"
 TABLE_NAME = "patients.csv"
 IMAGES_NAME = "images"
+NIFTI = ".nii"
 SERIES_NAME = "series.csv"
+EVENTS_NAME = "events.csv"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,16 +76,40 @@ class SeriesRows:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class EventRows:
+    """Coded events: ``owner`` int64[m], ascending, the row of the table that they belong to; ``days``: int64[m]; ``codes``: m."""
+
+    owner: NDArray[np.int64]
+    days: NDArray[np.int64]
+    codes: tuple[str, ...]
+
+    def of(self, chosen: NDArray[np.int64], count: int) -> EventRows:
+        """As ``SeriesRows.of``."""
+        place = np.full(count, -1, np.int64)
+        place[chosen] = np.arange(len(chosen))
+        owner = place[self.owner]
+        order = np.argsort(owner, kind="stable")[(owner < 0).sum() :]
+        return EventRows(owner[order], self.days[order], tuple(self.codes[row] for row in order.tolist()))
+
+    def coded(self) -> CodedEvents:
+        return CodedEvents(self.owner, self.days.astype(np.float64), self.codes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Extract:
     """Raw text columns of equal length, by name, with the patient's id in ``PATIENT_COLUMN``, and what goes with them.
 
-    ``images``: uint8[n, height, width], one a row, under the file names of ``image_column``. ``series``: of each row.
+    ``images``: uint8[n, height, width], one a row, under the file names of ``image_column``; with several views a row uint8[n,
+    views, height, width], under names parted by ";", an empty one for a view that is absent; of volumes int16[n, depth, height,
+    width].
+    ``series``: of each row.
     """
 
     columns: dict[str, tuple[str, ...]]
-    images: NDArray[np.uint8] | None = None
+    images: NDArray[np.uint8] | NDArray[np.int16] | None = None
     image_column: str = ""
     series: SeriesRows | None = None
+    events: EventRows | None = None
 
     @property
     def patients(self) -> tuple[str, ...]:
@@ -92,6 +121,7 @@ class Extract:
             None if self.images is None else self.images[chosen],
             self.image_column,
             None if self.series is None else self.series.of(chosen, len(self.patients)),
+            None if self.events is None else self.events.of(chosen, len(self.patients)),
         )
 
     def encode(self, study: Study) -> Records:
@@ -101,8 +131,9 @@ class Extract:
             study,
             self.patients,
             self.columns,
-            images=() if self.images is None else self.images,
+            images=[Scan(image) if name.endswith(NIFTI) else _pixels(image) for name, image in self._pictures()],
             series=None if contract is None or self.series is None else self.series.measured(contract),
+            events=None if self.events is None else self.events.coded(),
         )
 
     def write(self, files: Files, folder: Path) -> None:
@@ -113,10 +144,31 @@ class Extract:
         files.write(folder / TABLE_NAME, _csv(self.columns), private=True)
         if self.images is not None:
             files.make_folder(folder / IMAGES_NAME, private=True)
-            for name, image in zip(self.columns[self.image_column], self.images, strict=True):
-                (folder / IMAGES_NAME / name).write_bytes(_png(image))
+            for name, image in self._pictures():
+                (folder / IMAGES_NAME / name).write_bytes(_nifti(image) if name.endswith(NIFTI) else _png(image))
         if self.series is not None:
             files.write(folder / SERIES_NAME, _csv(self._series_columns(self.series)), private=True)
+        if self.events is not None:
+            files.write(folder / EVENTS_NAME, _csv(self._event_columns(self.events)), private=True)
+
+    def _pictures(self) -> Iterator[tuple[str, NDArray[np.generic]]]:
+        """Name and content of each file of images."""
+        for cell, held in (
+            zip(self.columns[self.image_column], self.images, strict=True) if self.images is not None else ()
+        ):
+            if not cell:
+                continue
+            if held.ndim == 2 or cell.endswith(NIFTI):
+                yield cell, held
+            else:
+                yield from ((name, view) for name, view in zip(cell.split(";"), held, strict=False) if name)
+
+    def _event_columns(self, events: EventRows) -> dict[str, tuple[str, ...]]:
+        return {
+            PATIENT_COLUMN: tuple(self.patients[row] for row in events.owner.tolist()),
+            "days": tuple(str(day) for day in events.days.tolist()),
+            "code": events.codes,
+        }
 
     def _series_columns(self, series: SeriesRows) -> dict[str, tuple[str, ...]]:
         return {PATIENT_COLUMN: tuple(self.patients[row] for row in series.owner.tolist()), **series.columns()}
@@ -162,7 +214,18 @@ def _csv(columns: dict[str, tuple[str, ...]]) -> bytes:
     return out.getvalue().encode()
 
 
-def _png(image: NDArray[np.uint8]) -> bytes:
+def _pixels(image: NDArray[np.generic]) -> NDArray[np.uint8]:
+    return image.astype(np.uint8, copy=False)
+
+
+def _nifti(volume: NDArray[np.generic]) -> bytes:
+    """A NIfTI file of a volume [depth, height, width] that lies as ``volume_records.Scan`` has it, of voxels of 1 mm."""
+    from nibabel.nifti1 import Nifti1Image
+
+    return bytes(Nifti1Image(volume.transpose(2, 1, 0), np.eye(4)).to_bytes())
+
+
+def _png(image: NDArray[np.generic]) -> bytes:
     """A grey PNG of 8 bits, barely compressed: it is read again within the minute."""
     from PIL import Image
 

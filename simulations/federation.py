@@ -28,6 +28,7 @@ from medfed.server.store import Store
 from medfed.simulations.cohorts import Cohort, load_cohort
 from medfed.simulations.rehearsal import Ports, Rehearsal, lay_out, slowest_training
 from medfed.simulations.run_folder import RESULT_NAME, new_run_folder
+from medfed.wording import named
 
 log = logging.getLogger("medfed.simulations")
 
@@ -200,7 +201,8 @@ def _summary(result: dict[str, object], out: Path) -> None:
         f"{result['hospitals']} hospitals and a coordinator, each a process of its own, trained over TLS on this machine:\n"
         f"  {result['rounds']} rounds, {result['seconds_per_round']} s each, of which {result['overhead_s_per_round']} s "
         f"are not training\n"
-        f"  test AUC {result['test_auc']:.3f} (everybody's data in one place, no privacy: {result['pooled_auc']:.3f})\n"
+        f"  test {named(str(result['metric']))} {result['test_metric']:.3f} "
+        f"(everybody's data in one place, no privacy: {result['pooled_metric']:.3f})\n"
         f"  epsilon {result['epsilon']:.3f} for each {result['unit']}, delta {result['delta']}, mode {result['mode']}\n"
         f"  model, privacy statement and report, folders of every party and their logs: {out}\n"
         f"Next: .venv/bin/medfed-simulate evaluate {out}   or read {out}/report.md and {out}/logs"

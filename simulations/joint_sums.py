@@ -35,15 +35,20 @@ LEAST_RECORDS = 1024
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Wanted:
-    """A hospital's sum over rows ``chosen`` int64[k] of its records at ``weights`` float32[d]."""
+    """A hospital's sum over rows ``chosen`` int64[k] of its records, or of ``copied`` ones, at ``weights`` float32[d]."""
 
     approved: Approved
     weights: NDArray[np.float32]
     chosen: NDArray[np.int64]
+    copied: trainer.Patients | None = None
+
+    @property
+    def patients(self) -> trainer.Patients:
+        return self.approved.patients if self.copied is None else self.copied
 
     @property
     def records_bytes(self) -> int:
-        inputs = self.approved.patients.records.inputs
+        inputs = self.patients.records.inputs
         return len(self.chosen) * inputs[:1].nbytes
 
     def is_like(self, other: Wanted) -> bool:
@@ -74,7 +79,10 @@ class JointSums:
         if self._gathering is None:
             raise LocalProtocolError(900, "a joint sum before the hospitals met", "report this as a fault of medfed")
         chosen = trainer.chosen_rows(approved.study, approved.patients, sampling_key)
-        return self._gathering.ask(Wanted(approved, weights, chosen))
+        if approved.study.training.augmentation is None:
+            return self._gathering.ask(Wanted(approved, weights, chosen))
+        patients, rows = trainer.with_copies(approved.study, (approved.patients, chosen), sampling_key)
+        return self._gathering.ask(Wanted(approved, weights, rows, patients))
 
 
 def portions(wanted: Sequence[Wanted], at_work: int) -> list[list[int]]:
@@ -104,6 +112,6 @@ def _parts(group: list[int], wanted: Sequence[Wanted], at_work: int) -> list[lis
 def sums(portion: Sequence[Wanted]) -> list[NDArray[np.float64]]:
     """Each one's clipped sum, float64[d], in one call of the engine. All stand at the same weights."""
     first = portion[0].approved
-    parts = [(wanted.approved.patients, wanted.chosen) for wanted in portion]
+    parts = [(wanted.patients, wanted.chosen) for wanted in portion]
     expected = sum(expected_patients(wanted.approved) for wanted in portion)
     return list(trainer.sums_of(first.study, first.model, portion[0].weights, parts, first.compute, expected))

@@ -12,6 +12,7 @@ from medfed import metrics
 from medfed.client.outlook import some_attempts
 from medfed.models import catalogue, parameters, tasks
 from medfed.models.records import Records
+from medfed.models.tasks.meaning import Scores as TaskScores
 from medfed.privacy.statement import NOT_PRIVATE, SIMULATION
 from medfed.server.assignment import Assignment
 from medfed.server.ending import RunRecord, versions
@@ -29,35 +30,40 @@ SEEDED = f"{NOT_PRIVATE}: seeded randomness"
 
 @dataclass(frozen=True, slots=True)
 class HospitalScore:
-    """One hospital's test patients. ``auc`` is None where they are all of one class."""
+    """One hospital's test patients. ``metric``: the task's primary one; None where undefined, as AUC of one class."""
 
     name: str
     records: int
-    auc: float | None
+    metric: float | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scores:
     """A model on the test patients: all together, and hospital by hospital.
 
-    ``f1_macro``: of more than two classes; ``chances``: the probability of each class, float64[n, classes]; ``labels``: int64[n].
+    ``primary``: the name of the metric that stands for the task; ``metrics``: all of them, on all test patients together.
+    ``predictions``: float64[n, ...] and ``labels``: int64[n, ...] as ``models/tasks`` has them.
     """
 
-    auc: float | None
-    accuracy: float | None
-    f1_macro: float | None
+    primary: str
+    metrics: TaskScores
     hospitals: tuple[HospitalScore, ...]
-    chances: NDArray[np.float64]
+    predictions: NDArray[np.float64]
     labels: NDArray[np.int64]
+
+    @property
+    def metric(self) -> float | None:
+        return self.metrics[self.primary]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
     """One federation's end, scored outside it.
 
-    ``weights``: float32[d]; ``auc_by_round``: all test patients together, after each of ``rounds_scored``; ``pooled``: the
-    baseline, if one was trained; ``seconds``: from the first key to the final model; ``overhead_s``: of each round, what was
-    not the slowest hospital's training; ``record``: what proves it, None where a coordinator of its own wrote that down.
+    ``weights``: float32[d]; ``metric_by_round``: the primary one, all test patients together, after each of
+    ``rounds_scored``; ``pooled``: the baseline, if one was trained; ``seconds``: from the first key to the final model;
+    ``overhead_s``: of each round, what was not the slowest hospital's training; ``record``: what proves it, None where a
+    coordinator of its own wrote that down.
     """
 
     cohort: Cohort
@@ -65,10 +71,10 @@ class Outcome:
     checkpoint: Checkpoint
     weights: NDArray[np.float32]
     scores: Scores
-    auc_by_round: tuple[float | None, ...]
+    metric_by_round: tuple[float | None, ...]
     rounds_scored: tuple[int, ...]
     pooled: Pooled | None
-    pooled_auc: float | None
+    pooled_metric: float | None
     seconds: float
     overhead_s: tuple[float, ...]
     record: RunRecord | None
@@ -103,10 +109,12 @@ class Outcome:
 class Result:
     """``result.json``: the keys of every run. Means are over splits; seconds are of one federation.
 
-    ``test_auc``: all test patients together; ``cross_validated_auc``: those of all folds together, each scored by the model
-    that did not train on it, where the splits are folds. ``epsilon``: of the approved list of attempts, the largest over
-    splits; None without noise. ``held_out_metrics``: of each split what the federation itself measured, through the masked sum,
-    where it was asked to. ``rounds``: of training; ``released_sums``: those with statistics and metrics, where there are any.
+    ``metric``: the name of the one that stands for the task, ``chance``: what guessing reaches of it. ``test_metric``: of
+    all test patients together, ``test_metrics``: with all others; ``cross_validated_metric``: those of all folds together,
+    each scored by the model that did not train on it, where the splits are folds.
+    ``epsilon``: of the approved list of attempts, the largest over splits; None without noise.
+    ``held_out_metrics``: of each split what the federation itself measured, through the masked sum, where it was asked to.
+    ``rounds``: of training; ``released_sums``: those with statistics and metrics, where there are any.
     ``epsilon_spent``: of whoever has paid more, a patient who trains or one held out for the metrics.
     ``upload_bytes_per_round``: of one hospital. ``dropped``: how many uploads the released sums do without, over all rounds and
     splits. ``pooled_rounds``: the baseline's length, in rounds or, of ordinary training, in passes. ``training_patients``: of
@@ -117,9 +125,6 @@ class Result:
     cohort: str
     hospitals: int
     rounds: int
-    test_auc: float | None
-    test_auc_sd: float | None
-    pooled_auc: float | None
     epsilon: float | None
     delta: float
     unit: str
@@ -132,17 +137,21 @@ class Result:
     upload_bytes_per_round: int
     dropped: int
     evaluation: str
-    test_accuracy: float | None
+    metric: str
+    chance: float
+    test_metric: float | None
+    test_metric_sd: float | None
+    test_metrics: dict[str, float | None]
+    pooled_metric: float | None
     seeds: tuple[int | None, ...]
-    test_auc_by_seed: tuple[float | None, ...]
+    test_metric_by_seed: tuple[float | None, ...]
     per_hospital: dict[str, float | None]
     epsilon_spent: float | None
     attempts: int
     attempts_approved: int
     released_sums: int
     pooled_rounds: tuple[int | None, ...]
-    cross_validated_auc: float | None
-    test_f1_macro: float | None
+    cross_validated_metric: float | None
     training_patients: int
     held_out_metrics: tuple[dict[str, object], ...]
     joint_sums: bool
@@ -150,8 +159,17 @@ class Result:
     versions: dict[str, str]
 
     def to_json(self) -> dict[str, object]:
-        """The dictionary of ``result.json``."""
-        return asdict(self)
+        """The dictionary of ``result.json``: with the names that runs of classifiers have always had, None of another task."""
+        has_area = self.metric == "auc"
+        values: dict[str, object] = asdict(self)
+        known: dict[str, object] = {name: values.pop(name) for name in ("cohort", "hospitals", "rounds")}
+        known["test_auc"] = self.test_metric if has_area else None
+        known["test_auc_sd"] = self.test_metric_sd if has_area else None
+        known["pooled_auc"] = self.pooled_metric if has_area else None
+        values["test_auc_by_seed"] = self.test_metric_by_seed if has_area else None
+        values["cross_validated_auc"] = self.cross_validated_metric if has_area else None
+        others = {f"test_{name}": self.test_metrics.get(name) for name in ("accuracy", "f1_macro")}
+        return known | values | others
 
 
 def score_cohort(cohort: Cohort, study: Study, weights: NDArray[np.float32]) -> Scores:
@@ -163,16 +181,15 @@ def _score_parts(cohort: Cohort, study: Study, weights: NDArray[np.float32], par
     test = pooled_records(parts)
     model = catalogue.build(study)
     parameters.assign(model, weights)
-    chances = tasks.probabilities(model, study.task, test.inputs)
-    together = tasks.metrics(study.task, chances, test.labels)
+    primary = tasks.meaning(study.task).primary
+    predictions = tasks.predictions(model, study.task, test.inputs)
     hospitals, start = [], 0
     for hospital, part in zip(cohort.hospitals, parts, strict=True):
-        mine = tasks.metrics(study.task, chances[start : start + len(part.labels)], part.labels)
-        hospitals.append(HospitalScore(hospital.name, len(part.labels), mine["auc"]))
+        mine = tasks.metrics(study.task, predictions[start : start + len(part.labels)], part.labels)
+        hospitals.append(HospitalScore(hospital.name, len(part.labels), mine[primary]))
         start += len(part.labels)
-    return Scores(
-        together["auc"], together["accuracy"], together.get("f1_macro"), tuple(hospitals), chances, test.labels
-    )
+    together = tasks.metrics(study.task, predictions, test.labels)
+    return Scores(primary, together, tuple(hospitals), predictions, test.labels)
 
 
 def make_outcome(
@@ -198,10 +215,10 @@ def make_outcome(
         checkpoint=checkpoint,
         weights=weights,
         scores=_score_parts(cohort, study, weights, parts),
-        auc_by_round=tuple(score(study, history[number], test)["auc"] for number in sorted(history)),
+        metric_by_round=tuple(score(study, history[number], test) for number in sorted(history)),
         rounds_scored=tuple(sorted(history)),
         pooled=pooled,
-        pooled_auc=None if pooled is None else score(study, pooled.weights, test)["auc"],
+        pooled_metric=None if pooled is None else score(study, pooled.weights, test),
         seconds=seconds,
         overhead_s=tuple(
             done.seconds - train_seconds[done.attempt] for done in checkpoint.records if done.attempt in train_seconds
@@ -219,16 +236,21 @@ def summarize(outcomes: Sequence[Outcome], *, noise: bool, seeded: bool, joint: 
     """One result for the same study on several splits."""
     first = outcomes[0]
     study, plan = first.assignment.study, first.assignment.plan
-    areas = [outcome.scores.auc for outcome in outcomes]
+    values = [outcome.scores.metric for outcome in outcomes]
     records = [record for outcome in outcomes for record in outcome.checkpoint.records]
     overhead = [seconds for outcome in outcomes for seconds in outcome.overhead_s]
     return Result(
         cohort=first.cohort.name,
         hospitals=study.cohort.hospitals,
         rounds=study.training.rounds,
-        test_auc=mean(areas),
-        test_auc_sd=_deviation(areas),
-        pooled_auc=mean([outcome.pooled_auc for outcome in outcomes]),
+        metric=first.scores.primary,
+        chance=tasks.meaning(study.task).chance,
+        test_metric=mean(values),
+        test_metric_sd=_deviation(values),
+        test_metrics={
+            name: mean([outcome.scores.metrics[name] for outcome in outcomes]) for name in first.scores.metrics
+        },
+        pooled_metric=mean([outcome.pooled_metric for outcome in outcomes]),
         epsilon=max(outcome.assignment.plan.epsilon for outcome in outcomes) if noise else None,
         delta=study.privacy.delta,
         unit=study.privacy.unit,
@@ -241,11 +263,10 @@ def summarize(outcomes: Sequence[Outcome], *, noise: bool, seeded: bool, joint: 
         upload_bytes_per_round=max(record.upload_bytes for record in records),
         dropped=sum(study.cohort.hospitals - len(record.survivors) for record in records),
         evaluation=first.cohort.evaluation,
-        test_accuracy=mean([outcome.scores.accuracy for outcome in outcomes]),
         seeds=tuple(outcome.cohort.seed for outcome in outcomes),
-        test_auc_by_seed=tuple(areas),
+        test_metric_by_seed=tuple(values),
         per_hospital={
-            hospital.name: mean([outcome.scores.hospitals[place].auc for outcome in outcomes])
+            hospital.name: mean([outcome.scores.hospitals[place].metric for outcome in outcomes])
             for place, hospital in enumerate(first.scores.hospitals)
         },
         epsilon_spent=max(spent(outcome) for outcome in outcomes) if noise else None,
@@ -253,8 +274,7 @@ def summarize(outcomes: Sequence[Outcome], *, noise: bool, seeded: bool, joint: 
         attempts_approved=plan.attempts,
         released_sums=study.released_sums,
         pooled_rounds=tuple(None if outcome.pooled is None else outcome.pooled.rounds for outcome in outcomes),
-        cross_validated_auc=_cross_validated(outcomes),
-        test_f1_macro=mean([outcome.scores.f1_macro for outcome in outcomes]),
+        cross_validated_metric=_cross_validated(outcomes),
         training_patients=sum(len(set(hospital.training.patients)) for hospital in first.cohort.hospitals),
         held_out_metrics=tuple(
             found.to_json() for found in (measured(outcome, noised=noise) for outcome in outcomes) if found is not None
@@ -266,13 +286,13 @@ def summarize(outcomes: Sequence[Outcome], *, noise: bool, seeded: bool, joint: 
 
 
 def _cross_validated(outcomes: Sequence[Outcome]) -> float | None:
-    """One AUC over the test patients of all folds; None where the splits are not folds, or only one."""
+    """One metric over the test patients of all folds; None where the splits are not folds, or only one."""
     folds = {outcome.cohort.seed for outcome in outcomes if outcome.cohort.folds is not None}
     if len(folds) != len(outcomes) or len(folds) < 2:
         return None
-    chances = np.concatenate([outcome.scores.chances for outcome in outcomes])
+    predictions = np.concatenate([outcome.scores.predictions for outcome in outcomes])
     labels = np.concatenate([outcome.scores.labels for outcome in outcomes])
-    return tasks.metrics(outcomes[0].assignment.study.task, chances, labels)["auc"]
+    return tasks.metrics(outcomes[0].assignment.study.task, predictions, labels)[outcomes[0].scores.primary]
 
 
 def spent(outcome: Outcome) -> float:

@@ -24,11 +24,13 @@ from medfed.errors import ConfigError, DataError
 from medfed.model_choice import LogisticRegression
 from medfed.models.cells import MISSING, canonical
 from medfed.models.table_records import encode_features
+from medfed.models.tasks import meaning
 from medfed.seams import Files
 from medfed.server.planning import TaskFile
 from medfed.simulations.extract import PATIENT_COLUMN, Cohort, Extract, Hospital
 from medfed.simulations.partition import Partition, divide
-from medfed.study import Deadlines, Momentum, Study, Task, Training
+from medfed.study import Deadlines, Momentum, Study, Training
+from medfed.task_choice import Classification, Task
 
 CONSTANTS_FROM_DATA = "CONSTANTS FROM THE DATA: not part of the privacy guarantee"
 EVALUATION = "own-table"
@@ -77,19 +79,26 @@ def own_cohorts(files: Files, table: OwnTable, seeds: Sequence[int]) -> list[Coh
     if not 0.0 < table.test_share < 1.0:
         raise ConfigError(203, "the share of test patients lies between 0 and 1", "write --test 0.2")
     read = _read(files, table)
-    label = table.task.task.label if table.task is not None else table.label
-    if label is None:
-        raise ConfigError(203, "nobody said what is to be predicted", "name its column: --label COLUMN")
-    if table.label not in (None, label):
-        raise ConfigError(203, f"the task predicts {label}", "leave --label out")
-    for name in (label, *_used(table)):
+    for name in (*_predicted(table), *_used(table)):
         if name not in read.columns:
             raise DataError(301, f"column {shown(name)} is not in the table", "see its first row")
     if table.task is None:
-        task, columns = _made_task(read, table, label)
+        task, columns = _made_task(read, table, _predicted(table)[0])
         return [_cohort(table, read, task, columns, (CONSTANTS_FROM_DATA,), seed) for seed in seeds]
     _check(read, table.task.data, table.task.task)
     return [_cohort(table, read, table.task, read.columns, (), seed) for seed in seeds]
+
+
+def _predicted(table: OwnTable) -> list[str]:
+    """Columns that the labels are made of."""
+    if table.task is None:
+        if table.label is None:
+            raise ConfigError(203, "nobody said what is to be predicted", "name its column: --label COLUMN")
+        return [table.label]
+    columns = table.task.task.columns
+    if table.label not in (None, *columns):
+        raise ConfigError(203, f"the task predicts {', '.join(columns)}", "leave --label out")
+    return columns
 
 
 def _used(table: OwnTable) -> list[str]:
@@ -124,10 +133,7 @@ def _check(read: _Read, contract: DataContract, task: Task) -> None:
         if feature.name not in read.columns:
             raise DataError(301, f"column {feature.name} is not in the table", "rename the column to the task's name")
     encode_features(contract.features, read.columns, read.rows)
-    allowed = {str(value) for value in range(task.classes)}
-    for row, cell in zip(read.rows, read.columns[task.label], strict=True):
-        if canonical(cell) not in allowed:
-            raise _fault(row, task.label, f"is not a class 0..{task.classes - 1}", "write classes as numbers from 0 on")
+    meaning(task).labels(contract, read.columns, read.rows)
 
 
 # ------------------------------------------------------------------------------------------------------ splits of a table
@@ -139,7 +145,8 @@ def _cohort(
     ids = list(dict.fromkeys(read.patients))
     place = {patient: number for number, patient in enumerate(ids)}
     owner = np.array([place[patient] for patient in read.patients], np.int64)
-    labels = _patients_labels(owner, len(ids), columns[task.task.label])
+    known = meaning(task.task)
+    labels = _patients_labels(owner, len(ids), known.strata(known.labels(task.data, columns, read.rows)))
     sites = _patients_sites(table, read, owner, len(ids))
     generator = np.random.default_rng(seed)
     count = HOSPITALS if table.hospitals is None else table.hospitals
@@ -166,10 +173,10 @@ def _cohort(
     )
 
 
-def _patients_labels(owner: NDArray[np.int64], count: int, cells: Sequence[str]) -> NDArray[np.int64]:
+def _patients_labels(owner: NDArray[np.int64], count: int, strata: NDArray[np.int64]) -> NDArray[np.int64]:
     """The highest class among each patient's records, int64[count]."""
     labels = np.zeros(count, np.int64)
-    np.maximum.at(labels, owner, np.array([int(canonical(cell)) for cell in cells], np.int64))
+    np.maximum.at(labels, owner, strata)
     return labels
 
 
@@ -233,7 +240,7 @@ def _made_task(read: _Read, table: OwnTable, label: str) -> tuple[TaskFile, Colu
     most = max(np.unique(np.array(read.patients), return_counts=True)[1])
     task = TaskFile(
         purpose=purpose if len(purpose) <= 500 else f"Predict {shown(label)} from {len(features)} columns.",
-        task=Task(kind="binary" if len(classes) == 2 else "multiclass", label=outcome, classes=len(classes)),
+        task=Classification(kind="binary" if len(classes) == 2 else "multiclass", label=outcome, classes=len(classes)),
         data=DataContract(max_records_per_patient=int(most), features=features),
         model=LogisticRegression(name="logistic-regression", hidden=[]),
         training=Training(

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from medfed.advance import Integers, ModelState, advance, state_hash
 from medfed.client.approved import Approved
@@ -23,7 +22,7 @@ from medfed.client.trainer import Patients
 from medfed.models import parameters, tasks
 from medfed.privacy.keystream import Keystream
 from medfed.seams import Entropy
-from medfed.study import Study, Task
+from medfed.study import Study
 
 
 def plain_update(
@@ -35,7 +34,7 @@ def plain_update(
     left with the weights after the last step.
     """
     study, patients, model = approved.study, approved.patients, approved.model.train()
-    local, losses = local_steps(approved), _losses(study.task)
+    local, losses = local_steps(approved), tasks.meaning(study.task).plain_losses()
     rule = None if local.step is None else local_rule(local.step, noise_variance=0.0)
     inputs, labels = torch.from_numpy(patients.records.inputs), torch.from_numpy(patients.records.labels)
     parameters.assign(model, weights)
@@ -61,20 +60,6 @@ def _followed(rule: LocalRule, gradients: tuple[Tensor, ...]) -> tuple[Tensor, .
     flat = torch.cat([gradient.flatten() for gradient in gradients]).numpy().astype(np.float64)
     step = torch.split(torch.from_numpy(rule(flat)).float(), [gradient.numel() for gradient in gradients])
     return tuple(part.view_as(gradient) for part, gradient in zip(step, gradients, strict=True))
-
-
-def _losses(task: Task) -> tasks.Losses:
-    """``tasks.losses`` by torch's own gradients: quicker, and no bit of one record need be free of the others here."""
-    weights = None if task.class_weights is None else torch.tensor(task.class_weights)
-
-    def plain(logits: Tensor, labels: Tensor) -> Tensor:
-        if task.kind == "binary":
-            each = functional.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype), reduction="none")
-        else:
-            each = functional.cross_entropy(logits, labels, reduction="none")
-        return each if weights is None else each * weights[labels]
-
-    return plain
 
 
 def _batches(study: Study, patients: Patients, lots: Keystream) -> Iterator[tuple[Tensor, Tensor]]:

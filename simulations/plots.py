@@ -10,7 +10,7 @@ import numpy as np
 
 from medfed.errors import ConfigError
 from medfed.simulations.outcome import Outcome, Result, mean
-from medfed.wording import counted
+from medfed.wording import counted, named
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,10 +33,10 @@ def require_matplotlib() -> None:
 
 
 def metric_by_round(outcomes: Sequence[Outcome], result: Result) -> bytes:
-    """PNG: test AUC after each round, mean and range over splits, against the pooled baseline."""
+    """PNG: the test metric after each round, mean and range over splits, against the pooled baseline."""
     figure, axes = _canvas(4.0)
     # the last value is the released model; splits all have the same rounds
-    curves = np.array([[np.nan if auc is None else auc for auc in one.auc_by_round] for one in outcomes])
+    curves = np.array([[np.nan if value is None else value for value in one.metric_by_round] for one in outcomes])
     rounds = np.array(outcomes[0].rounds_scored)
     many = len(outcomes) > 1
     if many:
@@ -45,15 +45,15 @@ def metric_by_round(outcomes: Sequence[Outcome], result: Result) -> bytes:
     label = f"federated, mean of {len(outcomes)} splits (band: lowest to highest)" if many else "federated"
     axes.plot(rounds, average, color=_BLUE, linewidth=2, label=label, zorder=3)
     axes.plot(rounds[-1:], average[-1:], "o", color=_BLUE, markersize=7, label="the released model", zorder=3)
-    if result.pooled_auc is not None:
+    if result.pooled_metric is not None:
         text = "everybody's data in one place, no privacy"
-        axes.axhline(result.pooled_auc, color=_GRAY, linewidth=1.5, linestyle=(0, (5, 3)), label=text)
+        axes.axhline(result.pooled_metric, color=_GRAY, linewidth=1.5, linestyle=(0, (5, 3)), label=text)
     low, high = axes.get_ylim()
     if high - low < _LEAST_SPAN:  # or noise of the third decimal would fill the plot
         middle = (low + high) / 2
         axes.set_ylim(middle - _LEAST_SPAN / 2, min(middle + _LEAST_SPAN / 2, 1.005))
     axes.set_xlabel("round")
-    axes.set_ylabel("AUC on test patients")
+    axes.set_ylabel(f"{named(result.metric)} on test patients")
     _whole_numbers(axes)
     _legend(figure)
     return _png(figure)
@@ -109,11 +109,11 @@ def epsilon_planned(planned: Outlook, rounds: int, delta: float) -> bytes:
 
 
 def metric_by_hospital(outcomes: Sequence[Outcome], result: Result) -> bytes:
-    """PNG: AUC of the released model on each hospital's own test patients, mean and range over splits."""
+    """PNG: the metric of the released model on each hospital's own test patients, mean and range over splits."""
     names = list(result.per_hospital)
     figure, axes = _canvas(min(1.5 + 0.3 * len(names), 12.0))
     for place, name in enumerate(names):
-        known = [auc for one in outcomes if (auc := one.scores.hospitals[place].auc) is not None]
+        known = [value for one in outcomes if (value := one.scores.hospitals[place].metric) is not None]
         if known:
             axes.plot(
                 [min(known), max(known)], [place, place], color=_BLUE, alpha=0.35, linewidth=4, solid_capstyle="butt"
@@ -121,20 +121,26 @@ def metric_by_hospital(outcomes: Sequence[Outcome], result: Result) -> bytes:
             axes.plot([float(np.mean(known))], [place], "o", color=_BLUE, markersize=7)
         else:
             axes.text(
-                0.02, place, "one class only: no AUC", color=_GRAY, fontsize=9, va="center", transform=_rows(axes)
+                0.02,
+                place,
+                f"one class only: no {named(result.metric)}",
+                color=_GRAY,
+                fontsize=9,
+                va="center",
+                transform=_rows(axes),
             )
         patients = mean([float(one.scores.hospitals[place].records) for one in outcomes]) or 0.0
         names[place] = f"{name} ({patients:.0f})"
-    if result.test_auc is not None:
+    if result.test_metric is not None:
         axes.axvline(
-            result.test_auc, color=_GRAY, linewidth=1.5, linestyle=(0, (5, 3)), label="all test patients together"
+            result.test_metric, color=_GRAY, linewidth=1.5, linestyle=(0, (5, 3)), label="all test patients together"
         )
         _legend(figure)
     if len(names) <= _NAMED_HOSPITALS:
         axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     spread = " (bar: lowest to highest split)" if len(outcomes) > 1 else ""
-    axes.set_xlabel(f"AUC on the hospital's test patients{spread}")
+    axes.set_xlabel(f"{named(result.metric)} on the hospital's test patients{spread}")
     axes.set_ylabel("hospital (test records)")
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color="#e4e4e4")

@@ -28,6 +28,7 @@ from medfed.models import catalogue, parameters, tasks
 from medfed.models.records import Records
 from medfed.simulations.threads import one_torch_thread
 from medfed.study import Study
+from medfed.task_choice import Task
 
 BATCH = 64
 RATE = 0.002
@@ -41,9 +42,8 @@ _EXPONENT = 32  # fixed-point steps of 2^-32: finer than the float32 of the grad
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pooled:
-    """``weights``: float32[d]; ``rounds``: the length that was chosen of ``lengths``, by their ``validation`` AUC.
-
-    In rounds of the study's recipe, or in passes of ordinary training (``is_ordinary``).
+    """``weights``: float32[d]; ``rounds``: the length that was chosen of ``lengths``, by their ``validation`` (the task's
+    primary metric), in rounds of the study's recipe, or in passes of ordinary training (``is_ordinary``).
     """
 
     weights: NDArray[np.float32]
@@ -81,38 +81,38 @@ def train_pooled(study: Study, first: NDArray[np.float32], records: Records) -> 
     return Pooled(weights, rounds[best], rounds, scores)
 
 
-def score(study: Study, weights: NDArray[np.float32], records: Records) -> dict[str, float | None]:
-    """``auc`` and ``accuracy`` of a model's weights float32[d] on records."""
+def score(study: Study, weights: NDArray[np.float32], records: Records) -> float | None:
+    """The task's primary metric of a model's weights float32[d] on records."""
     model = catalogue.build(study)
     parameters.assign(model, weights)
-    return tasks.evaluate(model, study.task, records)
+    return tasks.evaluate(model, study.task, records)[tasks.meaning(study.task).primary]
 
 
 def _or_worst(value: float | None) -> float:
-    return -1.0 if value is None else value
+    return -np.inf if value is None else value
 
 
 def _validate(
     study: Study, first: NDArray[np.float32], records: Records, rounds: Sequence[int]
 ) -> tuple[float | None, ...]:
-    """Mean AUC over folds for each length, 0 for a training that diverged; None where no fold holds two classes."""
-    fold = _folds(records)
+    """Mean metric over folds for each length, 0 for a training that diverged; None where no fold holds two classes."""
+    fold = _folds(study.task, records)
     found: list[list[float]] = [[] for _ in rounds]
     for number in range(FOLDS):
         held = fold == number
         if not held.any() or held.all():
             continue
         for index, weights in enumerate(_path(study, first, records.subset(~held), rounds)):
-            auc = score(study, weights, records.subset(held))["auc"] if np.isfinite(weights).all() else 0.0
-            if auc is not None:
-                found[index].append(auc)
+            value = score(study, weights, records.subset(held)) if np.isfinite(weights).all() else 0.0
+            if value is not None:
+                found[index].append(value)
     return tuple(float(np.mean(values)) if values else None for values in found)
 
 
-def _folds(records: Records) -> NDArray[np.int64]:
+def _folds(task: Task, records: Records) -> NDArray[np.int64]:
     """The fold of each record, int64[n]: patients dealt by the hash of their id, within each class, whole patients only."""
     label: dict[str, int] = {}
-    for patient, value in zip(records.patients, records.labels.tolist(), strict=True):
+    for patient, value in zip(records.patients, tasks.meaning(task).strata(records.labels).tolist(), strict=True):
         label[patient] = max(value, label.get(patient, 0))
     order = sorted(label, key=lambda patient: (label[patient], hashlib.sha256(patient.encode()).digest()))
     fold = {patient: place % FOLDS for place, patient in enumerate(order)}
@@ -182,11 +182,11 @@ class _Step:
 
 def _train_ordinarily(study: Study, first: NDArray[np.float32], records: Records) -> Pooled:
     passes = min(MOST_PASSES, max(1, MOST_RECORDS // max(1, len(records.labels))))
-    held = _folds(records) == 0
+    held = _folds(study.task, records) == 0
     scores: tuple[float | None, ...] = (None,) * passes
     if held.any() and not held.all():
         tried = _passes(study, first, records.subset(~held), passes)
-        scores = tuple(score(study, weights, records.subset(held))["auc"] for weights in tried)
+        scores = tuple(score(study, weights, records.subset(held)) for weights in tried)
     best = max(range(passes), key=lambda index: (_or_worst(scores[index]), index))
     *_, weights = _passes(study, first, records, best + 1)
     return Pooled(weights, best + 1, tuple(range(1, passes + 1)), scores, is_ordinary=True)

@@ -30,9 +30,29 @@ from medfed.client.setup import SiteOptions, init_site, open_site
 from medfed.client.site import CONFIG_NAME, Site
 from medfed.display import shown
 from medfed.errors import ConfigError
-from medfed.model_choice import Cnn, LogisticRegression, Mlp, ModelChoice, Recurrent, Transformer
+from medfed.model_choice import (
+    Autoencoder,
+    Cnn,
+    Cnn3d,
+    Fusion,
+    LogisticRegression,
+    MessagePassing,
+    Mlp,
+    ModelChoice,
+    MultiView,
+    Own,
+    Recurrent,
+    ResNet,
+    Summaries,
+    Tagger,
+    TextBag,
+    TextCnn,
+    Transformer,
+    TwoArm,
+)
 from medfed.models.catalogue import build, is_rowwise
 from medfed.models.parameters import file_hash, flatten, to_safetensors
+from medfed.models.warm_start import WarmStart, take_over
 from medfed.privacy.noise import discrete_gaussian
 from medfed.roster import Roster
 from medfed.seams import Entropy, Files, Seams, system_seams
@@ -58,7 +78,7 @@ from medfed.server.store import Checkpoint, Store
 from medfed.server.study_file import render
 from medfed.simulations.absence import Absences, Handle, absent_in, handle_of
 from medfed.simulations.entropy import SeededEntropy
-from medfed.simulations.extract import IMAGES_NAME, PATIENT_COLUMN, SERIES_NAME, TABLE_NAME, Cohort
+from medfed.simulations.extract import EVENTS_NAME, IMAGES_NAME, PATIENT_COLUMN, SERIES_NAME, TABLE_NAME, Cohort
 from medfed.simulations.extract import Hospital as Split
 from medfed.simulations.joint_sums import JointSums
 from medfed.simulations.outcome import stamps
@@ -80,9 +100,29 @@ MODELS: dict[str, ModelChoice] = {
     "logistic-regression": LogisticRegression(name="logistic-regression", hidden=[]),
     "mlp": Mlp(name="mlp", hidden=[16]),
     "cnn": Cnn(name="cnn", channels=[16, 32, 32], groups=4, first_stride=1, head="mean"),
-    "lstm": Recurrent(name="lstm", hidden_size=32, layers=1, summaries=True),
-    "gru": Recurrent(name="gru", hidden_size=32, layers=1, summaries=True),
+    "resnet": ResNet(name="resnet", channels=[16, 32], blocks=1, groups=4, first_stride=2, head="mean"),
+    "cnn3d": Cnn3d(name="cnn3d", channels=[8, 16, 16], first_stride=1, groups=4, head="largest"),
+    "multi-view": MultiView(
+        name="multi-view",
+        channels=[8, 16, 16],
+        first_stride=1,
+        groups=4,
+        head="largest",
+        pooling="attention",
+        attention_size=8,
+    ),
+    "lstm": Recurrent(name="lstm", hidden_size=8, layers=1, summaries=True),
+    "gru": Recurrent(name="gru", hidden_size=8, layers=1, summaries=True),
+    "summaries": Summaries(name="summaries"),
     "transformer": Transformer(name="transformer", embedding_size=32, heads=4, layers=1, feedforward_size=64),
+    "text-bag": TextBag(name="text-bag"),
+    "text-cnn": TextCnn(name="text-cnn", embedding_size=32, widths=[3, 4, 5], channels=32),
+    "tagger": Tagger(name="tagger", embedding_size=8, hidden_size=64, dilations=[1, 2, 4]),
+    "message-passing": MessagePassing(name="message-passing", hidden_size=32, layers=3),
+    "autoencoder": Autoencoder(name="autoencoder", hidden=[16], latent=4),
+    "variational-autoencoder": Autoencoder(name="variational-autoencoder", hidden=[16], latent=4),
+    "two-arm": TwoArm(name="two-arm", hidden=[16], arm_hidden=[]),
+    "fusion": Fusion(name="fusion", how="hybrid", width=16, image_channels=[16, 32], groups=4, embedding_size=16),
 }
 """What ``--model`` puts in the place of a task's own model, of a modest size."""
 
@@ -95,7 +135,8 @@ class Rehearsal:
     """What to rehearse. ``epsilon`` None: no noise. ``seed`` None: randomness of the operating system. ``drop_outs``: hospitals
     that a round can do without; ``absences``: who takes no part when. ``metrics``: hold
     ``HELD_OUT`` of the training patients out, and measure the released model on them through the masked sum. ``exact``: each
-    hospital works its sums of gradients out by itself, as over a network, to the last bit (``joint_sums.py``)."""
+    hospital works its sums of gradients out by itself, as over a network, to the last bit (``joint_sums.py``). ``start``: first
+    weights that are not drawn by chance."""
 
     epsilon: float | None
     mode: Literal["local", "distributed"]
@@ -108,6 +149,7 @@ class Rehearsal:
     metrics: bool = False
     absences: Absences = ()
     exact: bool = False
+    start: WarmStart | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,13 +252,15 @@ def lay_out(
     files = seams.files
     asked = task_of(files, cohort).metrics if study is None else study.metrics
     holdout = HELD_OUT if plan.metrics or asked is not None else 0.0
+    model = task_of(files, cohort).model if study is None else study.model
+    packages = (model.package,) if isinstance(model, Own) else ()
     names = [hospital.name for hospital in cohort.hospitals]
     for name, _ in plan.absences:
         if name not in names:
             raise ConfigError(203, f"no hospital is called {shown(name)}", f"name one of {', '.join(names)}")
     for hospital in cohort.hospitals:
         own = _seams_of(seams, plan, hospital.name)
-        lay_out_hospital(folder / hospital.name, hospital, own, holdout, ports)
+        lay_out_hospital(folder / hospital.name, hospital, own, holdout, ports, packages)
     office = folder / "coordinator"
     listen = Listen(host="127.0.0.1", port=ports.public, admin_port=ports.admin)
     init_office(_seams_of(seams, plan, "coordinator"), office, ["localhost", "127.0.0.1"], listen)
@@ -235,11 +279,18 @@ def lay_out(
     return sites
 
 
-def lay_out_hospital(place: Path, hospital: Split, seams: Seams, holdout: float = 0.0, ports: Ports = NO_PORTS) -> None:
-    """One hospital's folder with its data, not yet enrolled."""
+def lay_out_hospital(
+    place: Path,
+    hospital: Split,
+    seams: Seams,
+    holdout: float = 0.0,
+    ports: Ports = NO_PORTS,
+    own_models: tuple[str, ...] = (),
+) -> None:
+    """One hospital's folder with its data, not yet enrolled. ``own_models``: packages that its policy lets make models."""
     seams.files.make_folder(place, private=True)
     hospital.training.write(seams.files, place)
-    init_site(seams, place, _options(hospital, holdout, ports))
+    init_site(seams, place, replace(_options(hospital, holdout, ports), own_models=own_models))
 
 
 def _options(hospital: Split, holdout: float, ports: Ports) -> SiteOptions:
@@ -260,6 +311,7 @@ def _options(hospital: Split, holdout: float, ports: Ports) -> SiteOptions:
         min_colluders=1,
         images=None if hospital.training.images is None else IMAGES_NAME,
         series=None if hospital.training.series is None else SERIES_NAME,
+        events=None if hospital.training.events is None else EVENTS_NAME,
     )
 
 
@@ -269,7 +321,7 @@ def _study(cohort: Cohort, plan: Rehearsal, roster: Roster, seams: Seams, given:
         torch.manual_seed(plan.seed)  # first weights; they are public in any case
     if given is not None:
         noiseless = given.model_copy(update={"training": _noiseless(given.training)})
-        return _repinned(given if plan.epsilon is not None else noiseless, roster)
+        return _repinned(given if plan.epsilon is not None else noiseless, roster, plan.start)
     task = task_of(seams.files, cohort)
     training = task.training.model_copy(
         update={
@@ -293,7 +345,7 @@ def _study(cohort: Cohort, plan: Rehearsal, roster: Roster, seams: Seams, given:
     )
     metrics = METRICS if plan.metrics and task.metrics is None else task.metrics
     wanted = task.model_copy(update={"training": training, "model": model, "metrics": metrics})
-    return plan_study(wanted, decisions, roster)
+    return plan_study(wanted, decisions, roster, plan.start)
 
 
 def _noiseless(training: Training) -> Training:
@@ -319,8 +371,10 @@ def scored_rounds(study: Study) -> frozenset[int]:
     return frozenset(math.ceil(rounds * step / MOST_SCORED) for step in range(1, MOST_SCORED + 1))
 
 
-def _repinned(study: Study, roster: Roster) -> tuple[Study, bytes]:
+def _repinned(study: Study, roster: Roster, start: WarmStart | None) -> tuple[Study, bytes]:
     model = build(study)
+    if start is not None:
+        take_over(model, start)
     model_file = to_safetensors(model, flatten(model))
     choice = study.model.model_copy(update={"first_model_sha256": file_hash(model_file)})
     hospitals = len(roster.hospitals)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from medfed import metrics
+from medfed.simulations.effect_cohort import SEMI_SYNTHETIC
 from medfed.simulations.outcome import NO_NOISE, SEEDED, SIMULATED, Outcome, Result, measured, spent
 from medfed.simulations.own_table import CONSTANTS_FROM_DATA
 from medfed.simulations.pooled import BATCH, RATE
 from medfed.simulations.synthetic import SYNTHETIC
-from medfed.wording import counted, rounded_up, times
+from medfed.task_choice import cautions
+from medfed.wording import counted, named, rounded_up, times
 
 METRIC_PLOT = "metric_by_round.png"
 EPSILON_PLOT = "epsilon_by_attempt.png"
@@ -22,6 +24,7 @@ _STAMP_WORDS = {
     SYNTHETIC: f"{SYNTHETIC}: how well they are told apart says nothing about medicine",
     CONSTANTS_FROM_DATA: f"{CONSTANTS_FROM_DATA}; for a study give public ones in a task file (--task), or have the "
     "hospitals measure them with secure statistics",
+    SEMI_SYNTHETIC: f"{SEMI_SYNTHETIC}: what it says of the treatment says nothing about medicine",
     NO_NOISE: f"{NO_NOISE} was added, so no epsilon holds; it shows what privacy costs, never for real patients",
     SEEDED: f"{SEEDED}: whoever knows the seed can take the noise away",
 }
@@ -43,14 +46,15 @@ def epsilon_in_words(result: Result) -> str:
     )
 
 
-def auc(value: float | None) -> str:
+def number(value: float | None) -> str:
     return "undefined (one class only)" if value is None else f"{value:.3f}"
 
 
 def spread(result: Result) -> str:
     """``0.881 ± 0.012 over 10 splits``."""
-    many = "" if result.test_auc_sd is None else f" ± {result.test_auc_sd:.3f} (sd over {len(result.seeds)} splits)"
-    return auc(result.test_auc) + many
+    deviation = result.test_metric_sd
+    many = "" if deviation is None else f" ± {deviation:.3f} (sd over {len(result.seeds)} splits)"
+    return number(result.test_metric) + many
 
 
 def report(outcomes: Sequence[Outcome], result: Result) -> str:
@@ -62,10 +66,23 @@ def report(outcomes: Sequence[Outcome], result: Result) -> str:
     sections = [
         ("", [f"# {result.cohort}: {hospitals}, {rounds}", "", study.study.purpose]),
         ("", [f"> **{line}**  " for line in stamp_lines(result)]),
-        ("What was learned", [*_learned(result), "", f"![AUC by round]({METRIC_PLOT})", "", _measured(first, result)]),
+        (
+            "What was learned",
+            [
+                *_learned(result),
+                *_cautions(first),
+                "",
+                f"![{named(result.metric)} by round]({METRIC_PLOT})",
+                "",
+                _measured(first, result),
+            ],
+        ),
         *((("What the hospitals measured", _measured_together(first, result)),) if result.held_out_metrics else ()),
         ("What it cost a patient", _cost(first, result)),
-        ("Hospital by hospital", [f"![AUC by hospital]({HOSPITAL_PLOT})", "", *_hospitals(first, result)]),
+        (
+            "Hospital by hospital",
+            [f"![{named(result.metric)} by hospital]({HOSPITAL_PLOT})", "", *_hospitals(first, result)],
+        ),
         ("What moved", [_moved(result)]),
         ("Split by split", _splits(outcomes)),
         (
@@ -84,33 +101,42 @@ def report(outcomes: Sequence[Outcome], result: Result) -> str:
 
 
 def _learned(result: Result) -> list[str]:
-    accuracy = "" if result.test_accuracy is None else f"{result.test_accuracy:.3f}"
     return [
-        "| on test patients that no hospital trained on | AUC | accuracy |",
-        "|-|-|-|",
-        f"| this model, trained by the federation | {spread(result)} | {accuracy} |",
-        f"| the same model on everybody's data in one place, without privacy | {baseline(result)} | |",
+        f"| on test patients that no hospital trained on | {named(result.metric)} |",
+        "|-|-|",
+        f"| this model, trained by the federation | {spread(result)} |",
+        f"| the same model on everybody's data in one place, without privacy | {baseline(result)} |",
+        f"| guessing | {result.chance:.3f} |",
         *_more_metrics(result),
     ]
 
 
+def _cautions(first: Outcome) -> list[str]:
+    return [line for caution in cautions(first.assignment.study.task) for line in ("", f"**{caution}**")]
+
+
 def baseline(result: Result) -> str:
-    """AUC of the model without privacy, or that there is none to compare with."""
-    return "not trained" if not any(result.pooled_rounds) else auc(result.pooled_auc)
+    """The metric of the model without privacy, or that there is none to compare with."""
+    return "not trained" if not any(result.pooled_rounds) else number(result.pooled_metric)
 
 
 def _more_metrics(result: Result) -> list[str]:
     lines = []
-    if result.cross_validated_auc is not None:
+    if result.cross_validated_metric is not None:
         lines.append(
-            f"All {len(result.seeds)} folds together, each patient scored by the model that did not train on them: AUC "
-            f"{auc(result.cross_validated_auc)}."
+            f"All {len(result.seeds)} folds together, each patient scored by the model that did not train on them: "
+            f"{named(result.metric)} {number(result.cross_validated_metric)}."
         )
-    if result.test_f1_macro is not None:
-        lines.append(
-            f"Mean F1 over classes: {result.test_f1_macro:.3f}; AUC is the mean over classes, each against the rest."
-        )
-    return [""] * bool(lines) + lines
+    lines.append(f"Also: {others(result)}.")
+    if "f1_macro" in result.test_metrics:
+        lines[-1] += " AUC is the mean over classes, each against the rest."
+    return ["", *lines]
+
+
+def others(result: Result) -> str:
+    """All metrics but the primary one, in a line."""
+    known = {name: value for name, value in result.test_metrics.items() if name != result.metric and value is not None}
+    return ", ".join(f"{named(name)} {value:.3f}" for name, value in known.items()) or "nothing else"
 
 
 def _measured(first: Outcome, result: Result) -> str:
@@ -118,7 +144,8 @@ def _measured(first: Outcome, result: Result) -> str:
     released = f" The released model is the mean over the last {averaged} rounds." if averaged > 1 else ""
     if first.assignment.study.training.ema_decay is not None:
         released = " The released model is an exponential moving average over the rounds."
-    return f"0.5 is guessing, 1 is perfect.{released} Test patients: {first.cohort.split}. {_baseline_in_words(first, result)}"
+    guessing = f"{result.chance:g} is guessing, 1 is perfect."
+    return f"{guessing}{released} Test patients: {first.cohort.split}. {_baseline_in_words(first, result)}"
 
 
 def _baseline_in_words(first: Outcome, result: Result) -> str:
@@ -187,12 +214,12 @@ def spent_in_words(outcome: Outcome) -> str:
 
 
 def _hospitals(first: Outcome, result: Result) -> list[str]:
-    lines = ["| hospital | training patients | test records | AUC |", "|-|-|-|-|"]
+    lines = [f"| hospital | training patients | test records | {named(result.metric)} |", "|-|-|-|-|"]
     for place, (name, area) in enumerate(result.per_hospital.items()):
         training = first.assignment.roster.hospitals[place].nominal_patients
-        lines.append(f"| {name} | {training} | {first.scores.hospitals[place].records} | {auc(area)} |")
+        lines.append(f"| {name} | {training} | {first.scores.hospitals[place].records} | {number(area)} |")
     note = (
-        "Patients and records are the first split's, AUC is the mean over splits. In a real federation these figures "
+        "Patients and records are the first split's, the metric is the mean over splits. In a real federation these figures "
         "never leave a hospital."
     )
     return [*lines, "", note]
@@ -210,14 +237,16 @@ def _moved(result: Result) -> str:
 
 
 def _splits(outcomes: Sequence[Outcome]) -> list[str]:
-    lines = ["| split seed | AUC | without privacy | accuracy | attempts | seconds |", "|-|-|-|-|-|-|"]
+    metric = named(outcomes[0].scores.primary)
+    lines = [f"| split seed | {metric} | without privacy | accuracy | attempts | seconds |", "|-|-|-|-|-|-|"]
     for one in outcomes:
-        accuracy = "" if one.scores.accuracy is None else f"{one.scores.accuracy:.3f}"
+        share = one.scores.metrics.get("accuracy")
+        accuracy = "" if share is None else f"{share:.3f}"
         seed = "given" if one.cohort.seed is None else str(one.cohort.seed)
         cells = [
             seed,
-            auc(one.scores.auc),
-            auc(one.pooled_auc) if one.pooled is not None else "not trained",
+            number(one.scores.metric),
+            number(one.pooled_metric) if one.pooled is not None else "not trained",
             accuracy,
             str(one.checkpoint.last_attempt),
             f"{one.seconds:.1f}",

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from medfed.client.model_card import CARD_NAME, model_card
 from medfed.errors import ConfigError, LocalProtocolError
 from medfed.models import catalogue, parameters
 from medfed.progress import Progress
@@ -30,6 +31,7 @@ from medfed.simulations.rehearsal import Backend, Rehearsal, rehearse, sums_join
 from medfed.simulations.run_folder import RESULT_NAME, new_run_folder
 from medfed.simulations.threads import one_torch_thread
 from medfed.study import Study
+from medfed.wording import named
 
 log = logging.getLogger("medfed.simulations")
 
@@ -67,9 +69,9 @@ def simulate(
 
     ``study``: an existing plan, or None for the cohort's own task with what ``plan`` decides (default: epsilon 1, mode
     local). A given study is rehearsed as it stands, on the rehearsal's roster; of ``plan`` then only ``epsilon=None`` (no
-    noise), ``seed``, ``absences`` and ``exact`` count. ``data``: a cohort's name, split once for each of ``split_seeds``
-    (default: its protocol's), or cohorts that were split already. ``patients``: training patients of each hospital, of a
-    synthetic cohort. ``out``: the run's folder (default ``runs/<id>``); an earlier run there is replaced once this one is
+    noise), ``seed``, ``absences``, ``exact`` and ``start`` count. ``data``: a cohort's name, split once for each of
+    ``split_seeds`` (default: its protocol's), or cohorts that were split already. ``patients``: training patients of each
+    hospital, of a synthetic cohort. ``out``: the run's folder (default ``runs/<id>``); an earlier run there is replaced once this one is
     complete. ``keep_parties``: keep the folders of hospitals and coordinator, keys and patients included. ``has_baseline``:
     also train the same model on everybody's data in one place. ``backend``: what carries the messages (default: this
     process); ``ray_backend`` of ``medfed.simulations.backends.ray_engine`` takes Flower's simulation engine.
@@ -118,6 +120,7 @@ def _decided(study: Study | None, plan: Rehearsal | None) -> Rehearsal:
         absences=() if plan is None else plan.absences,
         seed=None if plan is None else plan.seed,
         exact=plan is not None and plan.exact,
+        start=None if plan is None else plan.start,
     )
 
 
@@ -213,13 +216,15 @@ def _rehearse_all(
                 has_baseline,
             )
             outcomes.append(outcome)
-            progress.update(
-                (number + 1) * rounds, f"split {number + 1}/{len(cohorts)}: AUC {report.auc(outcome.scores.auc)}"
-            )
+            progress.update((number + 1) * rounds, f"split {number + 1}/{len(cohorts)}: {_scored(outcome)}")
             if not is_watched:  # else the bar says it
                 split = f"split {number + 1} of {len(cohorts)}"
-                log.info("%s: %s done, test AUC %s", cohort.name, split, report.auc(outcome.scores.auc))
+                log.info("%s: %s done, test %s", cohort.name, split, _scored(outcome))
     return tuple(outcomes)
+
+
+def _scored(outcome: Outcome) -> str:
+    return f"{named(outcome.scores.primary)} {report.number(outcome.scores.metric)}"
 
 
 def _rounds(cohort: Cohort, plan: Rehearsal, seams: Seams, study: Study | None) -> int:
@@ -244,6 +249,7 @@ def _write(folder: Path, outcomes: Sequence[Outcome], result: Result, seams: Sea
         files.write(folder / report.EPSILON_PLOT, plots.epsilon_by_attempt(first))
     files.write(folder / "report.md", report.report(outcomes, result).encode())
     files.write(folder / RESULT_NAME, _json(result.to_json()))
+    files.write(folder / CARD_NAME, model_card(files, folder, first.cohort.source).encode())
 
 
 def _write_record(folder: Path, first: Outcome, result: Result, seams: Seams) -> None:

@@ -13,9 +13,9 @@ from rich.table import Table
 from medfed import metrics
 from medfed.simulations.outcome import Outcome, Result, measured
 from medfed.simulations.own_table import EVALUATION as OWN_TABLE
-from medfed.simulations.report import auc, baseline, epsilon_in_words, spent_in_words, spread, stamp_lines
+from medfed.simulations.report import baseline, epsilon_in_words, number, others, spent_in_words, spread, stamp_lines
 from medfed.simulations.runs import Simulation
-from medfed.wording import counted, rounded_up
+from medfed.wording import counted, named, rounded_up
 
 _WIDEST = 110
 _FILES_WITHOUT_NOISE = {
@@ -64,18 +64,17 @@ def _table(result: Result, first: Outcome) -> Table:
     table.add_column(overflow="fold")
     table.add_row("", "")
     table.add_row("task", first.assignment.study.study.purpose)
-    table.add_row("test AUC", f"{spread(result)}; 0.5 is guessing, 1 is perfect")
-    if result.cross_validated_auc is not None:
+    guessing = f"{result.chance:g} is guessing, 1 is perfect"
+    table.add_row(f"test {named(result.metric)}", f"{spread(result)}; {guessing}")
+    if result.cross_validated_metric is not None:
         table.add_row(
-            "all folds together", f"{auc(result.cross_validated_auc)}, each by the model that did not train on it"
+            "all folds together", f"{number(result.cross_validated_metric)}, each by the model that did not train on it"
         )
     if any(result.pooled_rounds):
         table.add_row("without privacy", f"{baseline(result)}, the same model on everybody's data in one place")
     else:
         table.add_row("without privacy", "no model was trained to compare with (--no-baseline)")
-    if result.test_accuracy is not None:
-        f1 = "" if result.test_f1_macro is None else f"; mean F1 over classes {result.test_f1_macro:.3f}"
-        table.add_row("test accuracy", f"{result.test_accuracy:.3f}{f1}")
+    table.add_row("also", others(result))
     found = measured(first, noised=result.epsilon is not None)
     for place, line in enumerate(() if found is None else metrics.in_words(found)):
         table.add_row("" if place else "measured together", f"{line}{'' if place else ', by noised counts'}")

@@ -11,7 +11,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from medfed.simulations import event_cohort, fusion_cohort, image_cohorts
 from medfed.simulations.extract import PATIENT_COLUMN, Cohort, Extract, Hospital, SeriesRows
+from medfed.simulations.synthetic_texts import mentions, relations
 
 SYNTHETIC = "SYNTHETIC: invented patients"
 HOSPITALS = 5
@@ -134,4 +136,18 @@ def _note(generator: Generator, organ: int) -> str:
     return f"{opening}: {', '.join(said[place] for place in generator.permutation(len(said)))}."
 
 
-_MAKERS: dict[str, Make] = {"images": _images, "series": _series, "notes": _notes}
+_PICTURES: dict[str, Make] = {
+    "views": image_cohorts.views,
+    "volumes": image_cohorts.volumes,
+    "nodules": image_cohorts.patches,
+}
+_MAKERS: dict[str, Make] = {
+    "images": _images,
+    "series": _series,
+    "notes": _notes,
+    "mentions": mentions,
+    "relations": relations,
+    **_PICTURES,
+    "events": event_cohort.histories,
+    "fusion": fusion_cohort.parts,
+}

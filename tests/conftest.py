@@ -6,6 +6,8 @@ import contextlib
 import copy
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 from collections import Counter
@@ -350,3 +352,86 @@ def make_world(lay_out_once: LayOut, quick_folder: Path, clock: FakeClock) -> It
 def world(make_world: MakeWorld) -> World:
     """The federation with nobody started."""
     return make_world()
+
+
+# ------------------------------------------------------------------------------------ a package of own models, installed
+
+
+@pytest.fixture(scope="session")
+def ward_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the wheel of ``tests/ward_models`` was installed into, without network."""
+    place = tmp_path_factory.mktemp("ward")
+    shutil.copytree(Path(__file__).parent / "ward_models", place / "source")
+    (place / "source" / "ward_models" / "backbone.safetensors").write_bytes(_backbone())
+    (place / "source" / "ward_models" / "notes.safetensors").write_bytes(_notes())
+    _python("-m", "build", "--wheel", "--no-isolation", "--outdir", str(place / "wheels"), str(place / "source"))
+    (wheel,) = (place / "wheels").glob("*.whl")
+    plain = ["--no-deps", "--no-index", "--disable-pip-version-check", "--target", str(place / "installed")]
+    _python("-m", "pip", "install", *plain, str(wheel))
+    return place / "installed"
+
+
+def _backbone() -> bytes:
+    """As if pretrained: of 3 inputs."""
+    import numpy as np
+    from safetensors.numpy import save
+
+    shapes = {"first.weight": (8, 3), "first.bias": (8,), "second.weight": (6, 8), "second.bias": (6,)}
+    draws = np.random.default_rng(4)
+    return bytes(save({name: draws.normal(0.0, 0.5, shape).astype(np.float32) for name, shape in shapes.items()}))
+
+
+def _notes() -> bytes:
+    """As if pretrained: a small Transformer over texts of 256 buckets."""
+    import torch
+
+    from medfed.models.parameters import flatten, to_safetensors
+    from medfed.models.transformer import TextTransformer
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(6)
+        model = TextTransformer(257, 1, 8, 2, 1, 12)
+        return to_safetensors(model, flatten(model))
+
+
+def _python(*arguments: str) -> None:
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.fixture
+def ward_models(ward_wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the installed package that Python finds; forgotten afterwards, as if the process ended."""
+    from medfed.models import own_models
+
+    place = tmp_path / "installed"
+    shutil.copytree(ward_wheel, place)
+    monkeypatch.syspath_prepend(str(place))
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.setattr(own_models, "_apart", set())
+    yield place
+    for name in [name for name in sys.modules if name.split(".")[0] == "ward_models"]:
+        del sys.modules[name]
+
+
+Release = Callable[..., Path]
+
+
+@pytest.fixture
+def release() -> Release:
+    """``release(folder, study, weights)``: a run's folder with this model, of fresh weights without any given."""
+
+    def make(folder: Path, study: Study, weights: object = None) -> Path:
+        import torch
+
+        from medfed.models import catalogue, parameters
+
+        torch.manual_seed(5)
+        model = catalogue.build(study)
+        flat = parameters.flatten(model) if weights is None else weights
+        folder.mkdir(parents=True)
+        (folder / "study.json").write_bytes(study.canonical_bytes())
+        (folder / "model.safetensors").write_bytes(parameters.to_safetensors(model, flat))
+        return folder
+
+    return make

@@ -34,10 +34,9 @@ def read_images(files: Files, folder: Path, names: Sequence[str], rows: Sequence
     320 without Pillow.
     """
     _require_pillow()
-    root = folder.resolve()
     for row, name in zip(rows, names, strict=True):
         place = f"row {row}, column {column}"
-        yield _decode(_still_picture(_read(files, root, name, place), place), place)
+        yield _decode(_still_picture(read_named(files, folder, name, place, LIMIT_BYTES), place), place)
 
 
 def _require_pillow() -> None:
@@ -47,7 +46,9 @@ def _require_pillow() -> None:
         raise ConfigError(320, "Pillow is not installed, which reads images", "pip install 'medfed[images]'") from error
 
 
-def _read(files: Files, root: Path, name: str, place: str) -> bytes:
+def read_named(files: Files, folder: Path, name: str, place: str, limit_bytes: int) -> bytes:
+    """The file of a cell, which is named as ``place`` in errors; ``Raises`` as ``read_images``."""
+    root = folder.resolve()
     if name in MISSING:
         raise DataError(301, f"{place}: no image is named", "drop rows without an image")
     parts = PurePosixPath(name)
@@ -60,9 +61,11 @@ def _read(files: Files, root: Path, name: str, place: str) -> bytes:
     if not path.is_relative_to(root):
         raise _outside(place)
     try:
-        return files.read(path, limit_bytes=LIMIT_BYTES)
+        return files.read(path, limit_bytes=limit_bytes)
     except EnvironmentFault as error:  # its own words name the file, which may hold a patient's name
         what, remedy = _FILE_FAULTS.get(error.code, ("its file cannot be read", "check the volume"))
+        if error.code == 609:
+            what = f"its file is larger than {limit_bytes} bytes"
         raise EnvironmentFault(error.code, f"{place}: {what}", remedy) from None
 
 
@@ -70,7 +73,7 @@ _FILE_FAULTS = {
     204: ("what it names is no regular file", "name a plain file"),
     606: ("its file is not in the folder of images", "add the file or drop the row"),
     607: ("no permission for its file", "check owner and mode"),
-    609: (f"its file is larger than {LIMIT_BYTES} bytes", "export a smaller image"),
+    609: ("its file is too large", "export a smaller image"),
 }
 
 

@@ -20,7 +20,7 @@ from medfed.privacy.quantize import dequantize, grid_exponent, limit, quantize
 from medfed.seams import Entropy
 from medfed.simulations.benchmarks.gradients_families import Family
 from medfed.simulations.benchmarks.gradients_peers import NOISE_MULTIPLIER, RATE, Case
-from medfed.study import Task
+from medfed.task_choice import Classification
 
 SUM_RANGE = 64.0
 """Of the grid of the clipped sum, in clipping norms: as ``training.local.sum_range`` of a study."""
@@ -84,7 +84,7 @@ def engine(case: Case, batch: int, entropy: Entropy, seen: Seen) -> Callable[[],
 
 def catalogue_losses(family: Family) -> Callable[[Tensor, Tensor], Tensor]:
     """The catalogue's loss of so many classes."""
-    return tasks.losses(Task(kind="multiclass", label="class", classes=family.classes))
+    return tasks.losses(Classification(kind="multiclass", label="class", classes=family.classes))
 
 
 def physical_batch(case: Case) -> int:

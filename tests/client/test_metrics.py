@@ -57,7 +57,7 @@ def test_without_noise_the_cells_are_those_of_all_held_out_patients(make_world) 
     for position, records in enumerate(held):
         model = loaded[position].model
         parameters.assign(model, before)
-        chances = tasks.probabilities(model, world.study.task, records.inputs)
+        chances = tasks.predictions(model, world.study.task, records.inputs)
         ids, unit = np.unique(np.array(records.patients, np.str_), return_inverse=True)
         if len(ids):
             expected += metrics.shares(world.study, chances, records.labels, unit, len(ids)).sum(axis=0)

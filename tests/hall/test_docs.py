@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 
 from medfed.errors import EXIT_STATUS, ExitStatus
+from medfed.simulations import capabilities
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 COMMANDS = [
@@ -68,7 +69,7 @@ def _with_subcommands(parser: argparse.ArgumentParser) -> Iterator[argparse.Argu
                 yield from _with_subcommands(child)
 
 
-PAGES = {"errors.md": errors_page, "commands.md": commands_page}
+PAGES = {"errors.md": errors_page, "commands.md": commands_page, "capabilities.md": capabilities.page}
 
 
 @pytest.mark.parametrize("name", PAGES)

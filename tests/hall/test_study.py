@@ -143,7 +143,7 @@ OUT_OF_RANGE: list[tuple[str, object]] = [
     ("data.features.2.missing", "maybe"),
     ("data.features.1.name", "age"),
     ("data.features.1.name", "x\n"),
-    ("model.name", "resnet"),
+    ("model.name", "no-such-net"),
     ("model.hidden", [16]),
     ("model.first_model_sha256", "AB" * 32),
     ("model.first_model_sha256", "ab" * 31),
@@ -245,6 +245,8 @@ def test_seed_anywhere_is_refused_as_randomness(tmp_path: Path, study_values: Va
 COUPLING: list[tuple[str, object, str]] = [
     ("task.loss", "cox", "Cox's partial likelihood compares each patient with .*: use a discrete-time hazard model"),
     ("task.loss", "Cox partial likelihood", "use a discrete-time hazard model"),
+    ("task.head", "cox", "Cox's partial likelihood .*: use a discrete-time hazard model .*head = .hazard"),
+    ("task.kind", "cox", "use a discrete-time hazard model"),
     ("training.loss", "supervised-contrastive", "compares patients with each other: use a loss of each record alone"),
     ("task.loss", "triplet", "compares patients with each other"),
     ("task.loss", "focal", "a loss is not chosen by name, it must be each patient's own: remove it"),
@@ -274,7 +276,7 @@ def test_key_that_would_couple_patients_is_refused_by_name(
 
 
 def test_key_that_couples_nobody_is_only_unknown(tmp_path: Path, study_values: Values) -> None:
-    for path, value in (("training.augmentation", "flip"), ("model.normalization", "group"), ("task.lossy", "cox")):
+    for path, value in (("training.augment", "flip"), ("model.normalization", "group"), ("task.lossy", "cox")):
         with pytest.raises(ConfigError, match="MF-202"):
             load_study(FILES, write(tmp_path, changed(study_values, path, value)))
 

@@ -1,13 +1,12 @@
-"""The recurrences against torch's own, their gradients against finite differences, the summaries against numpy."""
+"""The recurrences against torch's own, their gradients against finite differences."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from medfed.models.recurrent import GruLayer, LstmLayer, summarise
+from medfed.models.recurrent import GruLayer, LstmLayer
 
 
 def pair(cell: str, inputs: int, hidden: int) -> tuple[nn.Module, nn.Module]:
@@ -63,21 +62,3 @@ def test_forget_gate_begins_open() -> None:
     assert layer.by_input.bias.tolist() == [0.0] * 4 + [1.0] * 4 + [0.0] * 8
     block = layer.by_state.weight[4:8]
     torch.testing.assert_close(block @ block.T, torch.eye(4), atol=1e-6, rtol=0)
-
-
-def test_summaries_of_the_observed_steps_inside_the_stay() -> None:
-    rng = np.random.default_rng(6)
-    variables, steps = 3, 12
-    values, observed = rng.normal(size=(2, steps, variables)), rng.random((2, steps, variables)) < 0.4
-    observed[1, :, 2] = False
-    inside = np.arange(steps)[None] < np.array([[7], [12]])
-    series = np.concatenate([values, observed, inside[:, :, None], np.full((2, steps, 1), 0.75)], 2)
-    found = summarise(torch.from_numpy(series), variables).numpy()
-    for record in range(2):
-        stay = inside[record]
-        expected = [*values[record, stay].mean(0), *observed[record, stay].mean(0), stay.sum() / steps, 0.75]
-        seen = [values[record, stay & observed[record, :, v], v] for v in range(variables)]
-        expected += [value[-1] if len(value) else 0.0 for value in seen]
-        assert found[record] == pytest.approx(expected)
-    nobody = summarise(torch.zeros(1, steps, 2 * variables + 2), variables)
-    assert not nobody.any()

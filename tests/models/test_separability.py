@@ -97,9 +97,9 @@ def test_trust_document_names_the_layers_of_the_list() -> None:
 
 def test_loss_of_an_unknown_task_is_refused(make_study: MakeStudy) -> None:
     """Else it would be trained with whatever loss comes last in the code."""
-    task = make_study().task.model_copy(update={"kind": "survival"})
+    task = make_study().task.model_copy(update={"kind": "guesswork"})
     with pytest.raises(
-        UnsupportedModel, match="MF-160 the loss of a survival task is not known to keep patients apart"
+        UnsupportedModel, match="MF-160 the loss of a guesswork task is not known to keep patients apart"
     ):
         tasks.losses(task)
     assert tasks.losses(make_study().task)(torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64)).shape == (2,)

@@ -14,8 +14,10 @@ from torch import nn
 
 from medfed.models.records import Records
 from medfed.models.rowwise import sigmoid, softmax
-from medfed.models.tasks import auc, evaluate, f1_macro, losses, probabilities
-from medfed.study import Task
+from medfed.models.tasks import evaluate, losses
+from medfed.models.tasks import predictions as probabilities
+from medfed.models.tasks.scores import auc, average_precision, calibration_error, f1_macro
+from medfed.task_choice import Classification as Task
 
 BINARY = Task(kind="binary", label="y", classes=2)
 WEIGHTED = Task(kind="binary", label="y", classes=2, class_weights=[1.0, 4.0])
@@ -147,12 +149,12 @@ def test_metrics_equal_scikit_learn() -> None:
 
 def test_metrics_of_a_set_with_one_class_or_none() -> None:
     one = evaluate(Fixed(), BINARY, records(np.array([[1.0], [-1.0]]), [1, 1]))
-    assert one == {"auc": None, "accuracy": 0.5}
-    assert evaluate(Fixed(), BINARY, records(np.zeros((0, 1)), [])) == {"auc": None, "accuracy": None}
+    assert (one["auc"], one["accuracy"], one["f1"]) == (None, 0.5, pytest.approx(2 / 3))
+    assert set(evaluate(Fixed(), BINARY, records(np.zeros((0, 1)), [])).values()) == {None}
     # a class that does not occur is left out of the mean
     two = evaluate(Fixed(), THREE, records(np.eye(3)[[0, 1]], [0, 1]))
-    assert two == {"auc": 1.0, "accuracy": 1.0, "f1_macro": 1.0}
-    assert evaluate(Fixed(), THREE, records(np.zeros((0, 3)), [])) == {"auc": None, "accuracy": None, "f1_macro": None}
+    assert (two["auc"], two["accuracy"], two["f1_macro"], two["auprc"]) == (1.0, 1.0, 1.0, 1.0)
+    assert set(evaluate(Fixed(), THREE, records(np.zeros((0, 3)), [])).values()) == {None}
 
 
 def test_weights_that_overflow_say_nothing_on_the_screen() -> None:
@@ -163,3 +165,73 @@ def test_weights_that_overflow_say_nothing_on_the_screen() -> None:
             logits = np.array([[np.inf, -np.inf, np.nan][:columns], [1e308, -1e308, 0.0][:columns]])
             softmax(logits)
             sigmoid(logits)
+
+
+def test_area_under_precision_and_recall_equals_scikit_learn_ties_included() -> None:
+    draw = np.random.default_rng(4)
+    for _ in range(50):
+        positive, scores = draw.random(30) < 0.3, draw.integers(0, 8, 30) / 8
+        if positive.any():
+            expected = metrics.average_precision_score(positive, scores)
+            assert average_precision(positive, scores) == pytest.approx(expected, abs=1e-12)
+    assert average_precision(np.zeros(3, np.bool_), np.zeros(3)) is None
+
+
+def test_calibration_error_is_the_gap_between_how_sure_and_how_right() -> None:
+    sure = np.array([0.95] * 10 + [0.65] * 10)
+    right = np.array([True] * 9 + [False] + [True] * 2 + [False] * 8)
+    assert calibration_error(right, sure) == pytest.approx(0.5 * 0.05 + 0.5 * 0.45)
+    assert calibration_error(np.array([True]), np.array([1.0])) == 0.0
+
+
+FOCAL = [Task(kind="binary", label="y", classes=2, focusing=gamma) for gamma in (0.5, 2.0)] + [
+    Task(kind="multiclass", label="y", classes=3, focusing=2.0, class_weights=[1.0, 2.0, 0.5])
+]
+PRIORS = [
+    Task(kind="binary", label="y", classes=2, priors=[0.9, 0.1]),
+    Task(kind="multiclass", label="y", classes=3, priors=[0.7, 0.2, 0.1]),
+]
+
+
+@pytest.mark.parametrize("task", [*FOCAL, *PRIORS], ids=str)
+def test_focal_and_adjusted_losses_have_the_gradient_of_their_definition(task: Task) -> None:
+    logits = torch.randn(9, task.outputs, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    labels = torch.arange(9) % task.classes
+    one, other = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    losses(task)(one, labels).sum().backward()
+    seen = other
+    if task.priors is not None:
+        logs = torch.tensor(task.priors, dtype=torch.float64).log()
+        seen = other + (logs[1] - logs[0] if task.kind == "binary" else logs)
+    both = torch.cat([torch.zeros_like(seen), seen], 1) if task.kind == "binary" else seen
+    chance = both.softmax(1).gather(1, labels[:, None])[:, 0]
+    weights = torch.tensor(task.class_weights or [1.0] * task.classes, dtype=torch.float64)[labels]
+    each = -chance.log() * (1 - chance) ** (task.focusing or 0.0) * weights
+    each.sum().backward()
+    assert torch.allclose(losses(task)(logits, labels), each.detach(), atol=1e-12)
+    assert torch.allclose(one.grad, other.grad, atol=1e-10)
+
+
+@pytest.mark.parametrize("task", [*FOCAL, *PRIORS, THREE_WEIGHTED], ids=str)
+def test_losses_gradient_of_a_record_is_the_same_bits_in_any_batch(task: Task) -> None:
+    draw = torch.Generator().manual_seed(3)
+    logits = 4 * torch.randn(67, task.outputs, generator=draw)
+    labels = torch.randint(task.classes, (67,), generator=draw)
+    whole = logits.clone().requires_grad_()
+    losses(task)(whole, labels).sum().backward()
+    order = torch.randperm(67, generator=draw)
+    for rows in (order, order[:13], order[13:14]):
+        part = logits[rows].clone().requires_grad_()
+        losses(task)(part, labels[rows]).sum().backward()
+        assert torch.equal(part.grad, whole.grad[rows])
+
+
+def test_prior_adjusted_model_says_what_equally_common_classes_would_have_it() -> None:
+    """At the minimum the adjusted logits are the true log odds, so that the model's own are free of the priors."""
+    task = PRIORS[0]
+    logit = torch.full((1, 1), 2.0, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0] * 9 + [1])
+    for _ in range(400):
+        (gradient,) = torch.autograd.grad(losses(task)(logit.expand(10, 1), labels).mean(), logit)
+        logit = (logit - 5.0 * gradient).detach().requires_grad_()
+    assert logit.item() == pytest.approx(0.0, abs=1e-6)

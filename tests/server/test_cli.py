@@ -109,6 +109,49 @@ def test_study_new_again_needs_replace_and_then_replaces_all_three(federation):
     assert call(main, ["study", "check", federation.study]).status == 0
 
 
+def test_study_new_with_a_first_model_begins_at_its_weights(federation):
+    import numpy as np
+    from safetensors.numpy import load, save
+
+    first = federation.study.parent / "first_model.safetensors"
+    tensors = {name: np.full_like(tensor, 0.25) for name, tensor in load(first.read_bytes()).items()}
+    earlier = federation.folder / "earlier.safetensors"
+    earlier.write_bytes(save(tensors))
+    outcome = call(main, [*new_arguments(federation), "--replace", "--first-model", earlier])
+    assert outcome.status == 0, outcome.err
+    assert f"First weights: {len(tensors)} tensors of {len(tensors)} from the file." in outcome.out
+    assert {name: tensor.mean() for name, tensor in load(first.read_bytes()).items()} == dict.fromkeys(tensors, 0.25)
+    pinned = load_study(FILES, federation.study).model.first_model_sha256
+    name, one = next(iter(tensors.items()))
+    earlier.write_bytes(save({name: one}))
+    argv = [*new_arguments(federation), "--replace", "--first-model", earlier]
+    check_refusal(federation, main, argv, 152, ExitStatus.INTEGRITY)
+    assert load_study(FILES, federation.study).model.first_model_sha256 == pinned
+    outcome = call(main, [*argv, "--partly"])
+    assert outcome.status == 0 and f"1 tensor of {len(tensors)} from the file" in outcome.out
+    assert "drawn anew: " in outcome.out
+    check_refusal(federation, main, [*new_arguments(federation), "--replace", "--partly"], 100, ExitStatus.USAGE)
+
+
+def test_study_new_with_word_vectors_puts_them_into_the_first_embedding(federation):
+    import numpy as np
+    from safetensors.numpy import load
+
+    from medfed.models.text_records import hashed_word
+
+    vectors = federation.folder / "vectors.txt"
+    vectors.write_text("cough " + " ".join(["1"] * 16) + "\n")
+    new = [*option(new_arguments(federation), "--task", "synthetic-notes"), "--replace", "--word-vectors", vectors]
+    outcome = call(main, new)
+    assert outcome.status == 0, outcome.err
+    assert "1 tensor of" in outcome.out and "from the file" in outcome.out
+    rows = load((federation.study.parent / "first_model.safetensors").read_bytes())["embedding.weight"]
+    np.testing.assert_allclose(rows[hashed_word("cough", 1024)], 0.1, rtol=1e-6)
+    check_refusal(federation, main, [*new, "--first-model", vectors], 100, ExitStatus.USAGE)
+    vectors.write_text("cough 1 1\n")
+    check_refusal(federation, main, new, 203, ExitStatus.USAGE)
+
+
 def test_study_new_with_replace_beside_a_run_is_refused(federation):
     with FILES.lock(federation.office / "run.lock"):
         check_refusal(federation, main, [*new_arguments(federation), "--replace"], 620, 4)

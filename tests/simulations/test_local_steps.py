@@ -26,7 +26,7 @@ from medfed.simulations import rehearsal
 from medfed.simulations.cohorts import load_cohort
 from medfed.simulations.entropy import SeededEntropy
 from medfed.simulations.outcome import score_cohort
-from medfed.simulations.plain_training import SharedAdvance, _batches, _losses, plain_update
+from medfed.simulations.plain_training import SharedAdvance, _batches, plain_update
 from medfed.simulations.rehearsal import Rehearsal, Rehearsed, no_noise, rehearse
 from medfed.study import Training
 
@@ -56,7 +56,7 @@ def rehearsed(folder: Path, task: TaskFile, plan: Rehearsal) -> tuple[Rehearsed,
     seams = system_seams()
     cohort = replace(load_cohort(seams.files, "breast-cancer", 1, 5), task=task)
     done = rehearse(folder, cohort, plan, seams)
-    area = score_cohort(cohort, done.assignment.study, done.weights).auc
+    area = score_cohort(cohort, done.assignment.study, done.weights).metric
     assert area is not None
     return done, area
 
@@ -206,7 +206,7 @@ def test_plain_losses_are_the_tasks(classes: int, weights: list[float] | None, m
     draw = torch.Generator().manual_seed(1)
     labels = torch.arange(9) % classes
     seen = []
-    for losses in (_losses(task), tasks.losses(task)):
+    for losses in (tasks.meaning(task).plain_losses(), tasks.losses(task)):
         logits = torch.randn(9, task.outputs, generator=draw.manual_seed(1)).requires_grad_()
         values = losses(logits, labels)
         values.sum().backward()

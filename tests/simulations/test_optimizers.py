@@ -52,7 +52,7 @@ def rehearsed(folder: Path, task: TaskFile, plan: Rehearsal) -> tuple[Rehearsed,
     seams = system_seams()
     cohort = replace(load_cohort(seams.files, "breast-cancer", 1, 5), task=task)
     done = rehearse(folder, cohort, plan, seams)
-    area = score_cohort(cohort, done.assignment.study, done.weights).auc
+    area = score_cohort(cohort, done.assignment.study, done.weights).metric
     assert area is not None
     return done, area
 

@@ -5,6 +5,9 @@ import pytest
 
 from medfed.models.records import Records
 from medfed.simulations.pooled import FOLDS, _folds, lengths, pooled_records, score, train_pooled
+from medfed.task_choice import Classification
+
+BINARY = Classification(kind="binary", label="ill", classes=2)
 
 
 def plain_logistic(study, records, rounds):
@@ -61,7 +64,7 @@ def test_pooled_length_of_a_recipe_that_stops_too_early_is_longer(make_study):
     records = make_records(120, 3.0)
     trained = train_pooled(study, wrong, records)
     assert trained.rounds == 120
-    assert score(study, trained.weights, records)["auc"] > 0.9
+    assert score(study, trained.weights, records) > 0.9
     assert trained.validation[0] < 0.2 < 0.9 < trained.validation[2]
 
 
@@ -84,7 +87,7 @@ def test_pooled_length_of_equals_is_the_longest(make_study):
 
 def test_pooled_folds_keep_patients_whole_and_classes_even():
     records = make_records(300, 1.0, repeats=2)
-    fold = _folds(records)
+    fold = _folds(BINARY, records)
     names = np.array(records.patients)
     assert all(len(set(fold[names == name])) == 1 for name in set(names))
     shares = [records.labels[fold == number].mean() for number in range(FOLDS)]
@@ -96,8 +99,8 @@ def test_pooled_folds_do_not_depend_on_the_order_of_hospitals():
     one, two = make_records(40, 1.0), make_records(30, 1.0, seed=6)
     two = Records(two.inputs, two.labels, tuple(f"q{name}" for name in two.patients))
     here, there = pooled_records([one, two]), pooled_records([two, one])
-    first = dict(zip(here.patients, _folds(here).tolist(), strict=True))
-    assert first == dict(zip(there.patients, _folds(there).tolist(), strict=True))
+    first = dict(zip(here.patients, _folds(BINARY, here).tolist(), strict=True))
+    assert first == dict(zip(there.patients, _folds(BINARY, there).tolist(), strict=True))
 
 
 def test_pooled_lengths_of_a_long_recipe_are_bounded(make_study):

@@ -16,6 +16,7 @@ import medfed.client.participation
 import medfed.server.mail
 import medfed.simulations.federation
 import medfed.simulations.runs as simulations_runs
+from medfed.client.model_card import model_card
 from medfed.client.verify import verify
 from medfed.errors import ConfigError, DataError, EnvironmentFault
 from medfed.seams import system_seams
@@ -54,6 +55,7 @@ KEYS = [
 FILES = {
     "model.safetensors",
     "study.toml",
+    "MODEL_CARD.md",
     *RECORD_NAMES,
     "result.json",
     "report.md",
@@ -138,15 +140,15 @@ def test_run_report_shows_its_plots_and_figures(finished):
     text = (finished.folder / "report.md").read_text()
     for name in FILES:
         assert not name.endswith(".png") or f"]({name})" in text
-    assert f"{finished.result.test_auc:.3f}" in text
+    assert f"{finished.result.test_metric:.3f}" in text
     assert "2.72 times" in text
     assert "None" not in text
 
 
 def test_run_scores_each_round_and_ends_with_the_released_model(finished):
     for outcome in finished.outcomes:
-        assert len(outcome.auc_by_round) == 3
-        assert outcome.auc_by_round[-1] == outcome.scores.auc
+        assert len(outcome.metric_by_round) == 3
+        assert outcome.metric_by_round[-1] == outcome.scores.metric
 
 
 def test_run_with_the_same_seed_ends_with_the_same_model_bit_for_bit(finished, quick_folder):
@@ -154,7 +156,7 @@ def test_run_with_the_same_seed_ends_with_the_same_model_bit_for_bit(finished, q
     assert (again.folder / "model.safetensors").read_bytes() == (finished.folder / "model.safetensors").read_bytes()
     for one, other in zip(again.outcomes, finished.outcomes, strict=True):
         np.testing.assert_array_equal(one.weights.view(np.uint32), other.weights.view(np.uint32))
-        assert one.pooled_auc == other.pooled_auc
+        assert one.pooled_metric == other.pooled_metric
 
 
 def test_run_with_another_seed_ends_with_another_model(finished, quick_folder):
@@ -360,7 +362,7 @@ def test_run_refuses_to_replace_what_is_not_a_run(tmp_path):
 def test_evaluate_reproduces_the_first_split(finished, capsys):
     assert main(["evaluate", str(finished.folder), "--json"]) == 0
     evaluated = json.loads(capsys.readouterr().out)
-    assert evaluated["test_auc"] == finished.result.test_auc_by_seed[0]
+    assert evaluated["test_auc"] == finished.result.test_metric_by_seed[0]
     assert evaluated["as_recorded"] is True
     assert evaluated["evaluation"] == "public-benchmark"
     assert evaluated["stamps"] == list(finished.result.stamps)
@@ -384,7 +386,7 @@ def test_federation_result_scores_the_model_that_the_coordinator_left(finished):
     slowest = {record.attempt: record.seconds / 2 for record in checkpoint.records}
     result = federation_result(outcome.cohort, assignment, checkpoint, slowest, 9.0, finished.folder)
     assert list(result)[: len(KEYS)] == KEYS
-    assert result["test_auc"] == outcome.scores.auc
+    assert result["test_auc"] == outcome.scores.metric
     assert result["seconds"] == 9.0
     assert result["overhead_s_per_round"] == pytest.approx(result["seconds_per_round"] / 2, abs=1e-4)
 
@@ -508,7 +510,7 @@ def mean_auc(quick_folder, name, epsilon, mode, seeds):
         folder = quick_folder / f"{name}-{epsilon}-{mode}-{seed}"
         cohort = load_cohort(seams.files, name, seed, None)
         done = rehearse(folder, cohort, Rehearsal(epsilon, mode, seed=seed), seams)
-        areas.append(score_cohort(cohort, done.assignment.study, done.weights).auc)
+        areas.append(score_cohort(cohort, done.assignment.study, done.weights).metric)
         shutil.rmtree(folder)
     return np.mean(areas)
 
@@ -525,3 +527,12 @@ def test_heart_disease_protocol_reaches_its_auc(quick_folder, epsilon, mode, lea
 def test_breast_cancer_protocol_reaches_its_auc(quick_folder):
     """Split seeds 1 to 3 of the protocol's 1 to 5, for time."""
     assert mean_auc(quick_folder, "breast-cancer", 1.0, "local", (1, 2, 3)) >= 0.98
+
+
+def test_run_folder_holds_a_model_card_made_from_its_files(finished):
+    text = (finished.folder / "MODEL_CARD.md").read_text()
+    source = finished.outcomes[0].cohort.source
+    assert text == model_card(system_seams().files, finished.folder, source)
+    assert f"{finished.result.test_metric:.3f}" in text and source in text
+    assert all(f"| {name} |" in text for name in finished.result.per_hospital)
+    assert "simulation" in text and "epsilon **" in text

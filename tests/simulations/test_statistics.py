@@ -49,7 +49,7 @@ def test_without_noise_statistics_make_up_for_wrong_constants(quick_folder: Path
     least = 0.02 * 0.5  # of halves of a range that is one unit of the encoded inputs
     np.testing.assert_allclose(found[features:], np.maximum(training.inputs.std(axis=0), least), rtol=1e-2, atol=1e-4)
     assert scores[0].accuracy < 0.8 < 0.9 < scores[1].accuracy
-    assert scores[1].auc >= 0.98
+    assert scores[1].metric >= 0.98
 
 
 @pytest.mark.parametrize("mode", ["local", "distributed"])
@@ -73,7 +73,7 @@ def test_private_statistics_leave_a_model_that_stands_alone(quick_folder: Path, 
     assert len(held) == 1
     weights = parameters.from_safetensors(catalogue.build(study), held.pop())
     assert weights.tobytes() == done.weights.tobytes()
-    area = score_cohort(cohort, study, weights).auc
+    area = score_cohort(cohort, study, weights).metric
     assert area is not None
     assert area >= (0.85 if mode == "local" else 0.95)
 
