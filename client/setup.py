@@ -12,7 +12,7 @@ from medfed.client.policy import HospitalConfig
 from medfed.client.site import CONFIG_NAME, PATIENTS_KEY_BYTES, Site, load_site
 from medfed.errors import ConfigError
 from medfed.identity import create_identity, create_node_key
-from medfed.model_choice import ModelName
+from medfed.model_choice import EXPERIMENTAL, ModelName
 from medfed.roster import Enrolment, check_nominal_patients, enrol, load_enrolment
 from medfed.seams import Seams
 from medfed.task_choice import TaskKind
@@ -24,7 +24,8 @@ class SiteOptions:
     """What ``medfed-client init`` is told. The caps have no defaults: a hospital decides them.
 
     ``images``, ``series``, ``events`` and ``record_column``: as in ``policy.DataSection``, for studies that read them.
-    ``own_models``: packages whose code may make models here.
+    ``own_models``: packages whose code may make models here. ``experimental``: whether models that are not to be relied on
+    yet are allowed.
     """
 
     name: str
@@ -46,6 +47,7 @@ class SiteOptions:
     events: str | None = None
     record_column: str | None = None
     own_models: tuple[str, ...] = ()
+    experimental: bool = False
 
 
 def init_site(seams: Seams, folder: Path, options: SiteOptions) -> Enrolment:
@@ -127,7 +129,7 @@ min_colluders = {options.min_colluders}                    # a study must withst
 modes = ["local", "distributed"]     # local: this hospital's noise alone protects; distributed: shared noise
 units = ["patient"]                  # "record" protects one record, not a person: add it only if you mean it
 tasks = {_listed(get_args(TaskKind))}       # kinds of prediction
-models = {_models(options.own_models)}
+models = {_models(options)}
 {own_models}       # packages of own models whose code may run here, with "own" among models (docs/own_models.md)
 max_sampling_rate = 1.0              # largest chance of a patient to be in a step
 max_attempts = 10000                 # most rounds and spare attempts of a study
@@ -145,9 +147,10 @@ max_records_per_patient = 1000       # largest cap a study may ask for
 """
 
 
-def _models(own_models: tuple[str, ...]) -> str:
-    """Every model there is, to be struck out by hand; other people's code only where it is asked for."""
-    return _listed(name for name in get_args(ModelName) if name != "own" or own_models)
+def _models(options: SiteOptions) -> str:
+    """Every model there is, to be struck out by hand; experimental ones and other people's code only where asked for."""
+    left_out = {*(() if options.experimental else EXPERIMENTAL), *(() if options.own_models else ("own",))}
+    return _listed(name for name in get_args(ModelName) if name not in left_out)
 
 
 def _listed(names: Iterable[str]) -> str:

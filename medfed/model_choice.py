@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from medfed.errors import ConfigError
 from medfed.toml_files import StrictModel, without_unset
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -119,8 +120,8 @@ class Cnn3d(_Model):
 class MultiView(_Model):
     """One encoder over all views or tiles of a record, pooled by gated attention of ``attention_size`` or by their mean.
 
-    ``channels``, ``first_stride``, ``groups``: of the encoder, as of ``Cnn``. Of a view each channel's mean over all places or its
-    largest value is pooled (``head``).
+    ``channels``, ``first_stride``, ``groups``: of the encoder, as of ``Cnn``. Of a view each channel's mean over all places
+    or its largest value is pooled (``head``).
     """
 
     name: Literal["multi-view"]
@@ -142,7 +143,8 @@ class Recurrent(_Model):
     """An LSTM or GRU over a series.
 
     ``summaries``: the last layer also sees what ``Summaries`` sees. ``bidirectional``: layers go through the stay both ways.
-    ``decay``: a value that is carried forward fades with the time since it was observed, and that time is seen (after GRU-D); for ``fill = "forward"``.
+    ``decay``: a value that is carried forward fades with the time since it was observed, and that time is seen (after
+    GRU-D); for ``fill = "forward"``.
     """
 
     name: Literal["lstm", "gru"]
@@ -164,7 +166,8 @@ class Summaries(_Model):
 
 
 class Transformer(_Model):
-    """A Transformer encoder over a text, a series or a history of events: blocks with the normalisation first, the mean over what is not padding."""
+    """A Transformer encoder over a text, a series or a history of events: blocks with the normalisation first, the mean over
+    what is not padding."""
 
     name: Literal["transformer"]
     embedding_size: Annotated[int, Field(ge=4, le=1024)]
@@ -367,3 +370,16 @@ def described(model: ModelChoice) -> str:
         key: value for key, value in model if key not in ("name", "first_model_sha256") and value not in ([], None)
     }
     return " ".join([model.name, *(f"{key}={value}" for key, value in numbers.items())])
+
+
+EXPERIMENTAL: dict[str, str] = {
+    "message-passing": "on bbbp it stays behind a linear layer on fingerprints",
+    "variational-autoencoder": "at small epsilon its score loses its scale",
+}
+"""Models that train privately and yet are not to be relied on, and why: who wants one says so."""
+
+
+def refuse_experimental(name: str, *, asked: bool) -> None:
+    """Raise ``ConfigError`` MF-203 for an experimental model that nobody ``asked`` for."""
+    if name in EXPERIMENTAL and not asked:
+        raise ConfigError(203, f"model {name} is experimental: {EXPERIMENTAL[name]}", "say --experimental to have it")

@@ -122,6 +122,7 @@ def _add_study(commands: argparse._SubParsersAction[Parser]) -> None:
         help="public vectors of words (text form of GloVe or word2vec) as first rows of a text model's embedding",
     )
     new.add_argument("--replace", action="store_true", help="replace the study that is there")
+    new.add_argument("--experimental", action="store_true", help="allow a model that is not to be relied on yet")
     _add_folder(new, _new)
     extend = actions.add_parser(
         "extend",
@@ -211,6 +212,7 @@ def _show_task(arguments: argparse.Namespace) -> int:
 
 
 def _new(arguments: argparse.Namespace) -> int:
+    from medfed.model_choice import refuse_experimental
     from medfed.models import catalogue
     from medfed.models.warm_start import take_over
     from medfed.roster import load_roster
@@ -236,6 +238,7 @@ def _new(arguments: argparse.Namespace) -> int:
         most_hospitals=arguments.most_hospitals,
     )
     task = load_task(seams.files, arguments.task)
+    refuse_experimental(task.model.name, asked=arguments.experimental)
     start = _start(arguments, task, seams)
     study, model_file = plan_study(task, decisions, roster, start)
     lines = list(in_words(check(study, roster, seams.clock.wall())))

@@ -65,7 +65,7 @@ CAPABILITIES: tuple[Capability, ...] = (
         "pneumonia",
         "pneumonia",
         _GUESSING,
-        Quick(above=0.7, rounds=8),
+        Quick(above=0.7, rounds=8, patients=300),
     ),
     Capability(
         "Images: residual network",
@@ -74,7 +74,7 @@ CAPABILITIES: tuple[Capability, ...] = (
         "pneumonia-resnet",
         "pneumonia",
         _GUESSING,
-        Quick(above=0.7, rounds=6),
+        Quick(above=0.65, rounds=6, patients=150),
     ),
     Capability(
         "Several views or tiles of a patient: attention pooling",
@@ -102,17 +102,26 @@ CAPABILITIES: tuple[Capability, ...] = (
         "synthetic-nodules",
         "synthetic-nodules",
         _GUESSING,
-        Quick(above=0.6, rounds=24, hospitals=3),
+        Quick(above=0.55, rounds=16, hospitals=3),
         extras=("nifti",),
     ),
     Capability(
-        "Series: recurrent network",
+        "Series: summaries of a stay",
         "Records and vitals",
         "death in intensive care from 48 hours of measurements",
         "icu-mortality",
         "icu-mortality",
         _GUESSING,
-        Quick(above=0.65, rounds=12),
+        Quick(above=0.65, rounds=8, patients=300),
+    ),
+    Capability(
+        "Series: recurrent network",
+        "Records and vitals",
+        "the same by a GRU beside the summaries",
+        "icu-recurrent",
+        "icu-mortality",
+        _GUESSING,
+        Quick(above=0.65, rounds=5, patients=150),
     ),
     Capability(
         "Series: recurrent network that knows the gaps",
@@ -121,7 +130,7 @@ CAPABILITIES: tuple[Capability, ...] = (
         "icu-gru-d",
         "icu-mortality",
         _GUESSING,
-        Quick(above=0.6, rounds=8),
+        Quick(above=0.6, rounds=5, patients=120),
     ),
     Capability(
         "Series: both ways, with what holds for the whole stay",
@@ -157,7 +166,7 @@ CAPABILITIES: tuple[Capability, ...] = (
         "bbbp",
         "bbbp",
         _GUESSING,
-        Quick(above=0.6, rounds=20),
+        Quick(above=0.55, rounds=20, patients=200),
         extras=("molecules",),
     ),
     Capability(
@@ -169,6 +178,7 @@ CAPABILITIES: tuple[Capability, ...] = (
         _GUESSING,
         Quick(above=0.55),
         extras=("molecules",),
+        status="experimental",
     ),
     Capability(
         "Molecules: sequence model of SMILES",
@@ -177,7 +187,7 @@ CAPABILITIES: tuple[Capability, ...] = (
         "bbbp-smiles",
         "bbbp",
         _GUESSING,
-        Quick(above=0.5, rounds=12),
+        Quick(above=0.5, rounds=8, patients=150),
         extras=("molecules",),
     ),
     Capability(
@@ -197,7 +207,7 @@ CAPABILITIES: tuple[Capability, ...] = (
         "medical-abstracts",
         "medical-abstracts",
         "guessing: mean AUC .5",
-        Quick(above=0.55, rounds=12),
+        Quick(above=0.55, rounds=8, patients=300),
     ),
     Capability(
         "Texts: classes by convolutions",
@@ -261,6 +271,7 @@ CAPABILITIES: tuple[Capability, ...] = (
         "breast-anomaly",
         "guessing: AUC .5; the distance from the public centers: .72",
         Quick(above=0.72, rounds=15),
+        status="experimental",
     ),
     Capability(
         "Treatment effect: two arms",

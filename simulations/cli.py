@@ -30,9 +30,28 @@ DEFAULT_COHORT = "breast-cancer"
 _MOST_SPLITS = 1000
 _MODES = ("local", "distributed")
 _BACKENDS = ("process", "ray")
-_MODELS = ("logistic-regression", "mlp", "cnn", "lstm", "gru", "transformer")
+_MODELS = (
+    "logistic-regression",
+    "mlp",
+    "cnn",
+    "resnet",
+    "cnn3d",
+    "multi-view",
+    "lstm",
+    "gru",
+    "summaries",
+    "transformer",
+    "text-bag",
+    "text-cnn",
+    "tagger",
+    "message-passing",
+    "autoencoder",
+    "variational-autoencoder",
+    "two-arm",
+    "fusion",
+)
 _AUDITS = ("mechanism", "one-run", "membership", "inversion")
-_OWN = ("label", "partition", "patient_column", "leave_out", "test", "task")
+_OWN = ("label", "partition", "patient_column", "leave_out", "test")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,7 +121,13 @@ def _add_run(commands: argparse._SubParsersAction[Parser]) -> None:
         help="a hospital that takes no part in these rounds, such as hospital-2:3-5; may be repeated; needs drop-outs",
     )
     run.add_argument("--rounds", type=_count, metavar="N", help="instead of the task's")
+    run.add_argument(
+        "--task",
+        metavar="TASK",
+        help="a task of studies/ by its name, or a file (default: the cohort's own; of --data made from the table)",
+    )
     run.add_argument("--model", choices=_MODELS, help="instead of the task's")
+    run.add_argument("--experimental", action="store_true", help="allow a model that is not to be relied on yet")
     run.add_argument(
         "--metrics",
         action="store_true",
@@ -169,9 +194,6 @@ def _add_own_table(run: Parser) -> None:
     own.add_argument("--leave-out", metavar="COLUMNS", help="columns not to predict from, with commas between")
     own.add_argument(
         "--test", type=_share, metavar="SHARE", help="of each hospital's patients, set aside (default 0.2)"
-    )
-    own.add_argument(
-        "--task", type=Path, metavar="FILE", help="a task file with public constants (default: made from the table)"
     )
 
 
@@ -336,6 +358,7 @@ def _run(arguments: argparse.Namespace) -> int:
     seams = system_seams()
     study = None if arguments.study is None else load_study(seams.files, arguments.study)
     plan = _plan(arguments) if study is None else _plan_of(study, arguments)
+    _refuse_experimental(study, arguments, seams)
     plan = replace(plan, start=_start(arguments, seams))
     data: str | list[Cohort]
     if arguments.data is not None:
@@ -344,6 +367,8 @@ def _run(arguments: argparse.Namespace) -> int:
         _refuse_without_data(arguments)
         data, hospitals = _cohort_for(study, arguments, seams)
         split_seeds = arguments.split_seeds
+        if arguments.task is not None and study is not None:
+            raise ConfigError(100, "a study has its own task", "leave --task out")
     backend = _backend(arguments, seams)
     with quiet_parties():
         simulation = simulate(
@@ -358,6 +383,7 @@ def _run(arguments: argparse.Namespace) -> int:
             has_baseline=not arguments.no_baseline,
             seams=seams,
             backend=backend,
+            task=None if arguments.data is not None else arguments.task,
         )
     if arguments.json:
         say_json(simulation.result.to_json())
@@ -366,6 +392,19 @@ def _run(arguments: argparse.Namespace) -> int:
 
         show_run(simulation, has_study=study is not None)
     return ExitStatus.HANDLED
+
+
+def _refuse_experimental(study: Study | None, arguments: argparse.Namespace, seams: Seams) -> None:
+    """No task of a cohort itself has an experimental model."""
+    from medfed.model_choice import refuse_experimental
+    from medfed.server.planning import load_task
+
+    names = [arguments.model, None if study is None else study.model.name]
+    if arguments.task is not None:
+        names.append(load_task(seams.files, arguments.task).model.name)
+    for name in names:
+        if name is not None:
+            refuse_experimental(name, asked=arguments.experimental)
 
 
 def _start(arguments: argparse.Namespace, seams: Seams) -> WarmStart | None:
@@ -468,7 +507,7 @@ def _own_cohorts(study: Study | None, arguments: argparse.Namespace, seams: Seam
         raise ConfigError(100, "--cohort and --patients do not go with --data", "leave them out")
     if arguments.task is not None and study is not None:
         raise ConfigError(100, "a study has its own task", "leave --task out")
-    task = study if arguments.task is None else load_task(seams.files, str(arguments.task))
+    task = study if arguments.task is None else load_task(seams.files, arguments.task)
     left_out = () if arguments.leave_out is None else tuple(arguments.leave_out.split(","))
     table = OwnTable(
         path=arguments.data,

@@ -290,7 +290,7 @@ def lay_out_hospital(
     """One hospital's folder with its data, not yet enrolled. ``own_models``: packages that its policy lets make models."""
     seams.files.make_folder(place, private=True)
     hospital.training.write(seams.files, place)
-    init_site(seams, place, replace(_options(hospital, holdout, ports), own_models=own_models))
+    init_site(seams, place, replace(_options(hospital, holdout, ports), own_models=own_models, experimental=True))
 
 
 def _options(hospital: Split, holdout: float, ports: Ports) -> SiteOptions:

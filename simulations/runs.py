@@ -64,15 +64,17 @@ def simulate(
     has_baseline: bool = True,
     seams: Seams | None = None,
     backend: Backend | None = None,
+    task: str | None = None,
 ) -> Simulation:
     """Rehearse on one machine, by the production code of client and server, and score on test patients.
 
     ``study``: an existing plan, or None for the cohort's own task with what ``plan`` decides (default: epsilon 1, mode
     local). A given study is rehearsed as it stands, on the rehearsal's roster; of ``plan`` then only ``epsilon=None`` (no
     noise), ``seed``, ``absences``, ``exact`` and ``start`` count. ``data``: a cohort's name, split once for each of
-    ``split_seeds`` (default: its protocol's), or cohorts that were split already. ``patients``: training patients of each
-    hospital, of a synthetic cohort. ``out``: the run's folder (default ``runs/<id>``); an earlier run there is replaced once this one is
-    complete. ``keep_parties``: keep the folders of hospitals and coordinator, keys and patients included. ``has_baseline``:
+    ``split_seeds`` (default: its protocol's), or cohorts that were split already. ``task``: a template's name or a file, in
+    the place of the task of a cohort that ``data`` names. ``patients``: training patients of each hospital, of a synthetic
+    cohort. ``out``: the run's folder (default ``runs/<id>``); an earlier run there is replaced once this one is complete.
+    ``keep_parties``: keep the folders of hospitals and coordinator, keys and patients included. ``has_baseline``:
     also train the same model on everybody's data in one place. ``backend``: what carries the messages (default: this
     process); ``ray_backend`` of ``medfed.simulations.backends.ray_engine`` takes Flower's simulation engine.
 
@@ -84,6 +86,8 @@ def simulate(
     seams = system_seams() if seams is None else seams
     plan = _decided(study, plan)
     cohorts = _cohorts(seams, data, hospitals, patients, split_seeds, plan)
+    if task is not None:
+        cohorts = [replace(cohort, task=task) for cohort in cohorts]
     place = RUNS / _run_id(cohorts[0], plan, seams) if out is None else out
     with new_run_folder(place, seams) as folder, one_torch_thread():
         outcomes = _rehearse_all(folder / PARTIES, cohorts, plan, seams, study, keep_parties, has_baseline, backend)

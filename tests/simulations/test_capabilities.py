@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medfed.errors import MedfedError
+from medfed.errors import ExitStatus, MedfedError
+from medfed.model_choice import EXPERIMENTAL
 from medfed.models.explanations import explain
 from medfed.models.loading import load
 from medfed.models.tasks import meaning
@@ -16,11 +17,17 @@ from medfed.seams import system_seams
 from medfed.server.planning import load_task, template_names
 from medfed.simulations import cohorts
 from medfed.simulations.capabilities import CAPABILITIES, MOST_EXPERIMENTAL, Capability
+from medfed.simulations.cli import main
 from medfed.simulations.extract import Hospital
 from medfed.simulations.rehearsal import Rehearsal
 from medfed.simulations.runs import simulate
 
 ROWS = pytest.mark.parametrize("row", CAPABILITIES, ids=[row.name for row in CAPABILITIES])
+# what is experimental is trained by `make soak`
+TRAINED = pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, id=row.name, marks=[pytest.mark.soak] * (row.status == "experimental")) for row in CAPABILITIES],
+)
 
 
 def _cohort(row: Capability) -> cohorts.Cohort:
@@ -43,7 +50,7 @@ def _fewer(hospital: Hospital, most: int | None) -> Hospital:
     return Hospital(hospital.name, *kept)
 
 
-@ROWS
+@TRAINED
 def test_capability_trains_privately_beats_guessing_and_explains_itself(row: Capability, quick_folder) -> None:
     cohort, quick = _cohort(row), row.quick
     plan = Rehearsal(epsilon=quick.epsilon, mode="distributed", rounds=quick.rounds, seed=quick.seed)
@@ -70,6 +77,18 @@ def test_capabilities_are_distinct_and_few_are_experimental() -> None:
     names = [row.name for row in CAPABILITIES]
     assert len(set(names)) == len(names)
     assert sum(row.status == "experimental" for row in CAPABILITIES) <= MOST_EXPERIMENTAL
+
+
+@ROWS
+def test_capability_is_experimental_where_its_model_is(row: Capability) -> None:
+    name = load_task(system_seams().files, row.study).model.name
+    assert (row.status == "experimental") == (name in EXPERIMENTAL)
+
+
+def test_experimental_model_that_nobody_asked_for_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for options in (["--model", "message-passing"], ["--task", "breast-anomaly-variational"]):
+        assert main(["run", "--cohort", "breast-cancer", *options]) == ExitStatus.USAGE
+        assert "MF-203" in (said := capsys.readouterr().err) and "--experimental" in said
 
 
 @ROWS
