@@ -13,6 +13,7 @@ from medfed.errors import ConfigError, ExitStatus
 if TYPE_CHECKING:
     from medfed.client.policy import DataSection
     from medfed.client.site import Site
+    from medfed.study import Study
 
 CONFIG = Path("hospital.toml")
 _COLUMN_OPTIONS = ("patient_column", "record_column", "time_column", "event_time_column", "code_column")
@@ -141,7 +142,8 @@ def _predict(arguments: argparse.Namespace) -> int:
     if arguments.explain < 0:
         raise ConfigError(100, "--explain must be 0 or more", "say how many records to explain")
     home, data = _data(arguments)
-    found = predict(system_seams().files, arguments.run, home, data, arguments.out, arguments.explain)
+    admit = _admission(arguments.config)
+    found = predict(system_seams().files, arguments.run, home, data, arguments.out, arguments.explain, admit)
     report(arguments.json, without_patients(found), in_words(found, arguments.out))
     return ExitStatus.HANDLED
 
@@ -203,7 +205,14 @@ def _export(arguments: argparse.Namespace) -> int:
     from medfed.seams import system_seams
 
     files = system_seams().files
-    found = export(files, arguments.run, arguments.out, onnx=arguments.onnx, safetensors=arguments.safetensors)
+    found = export(
+        files,
+        arguments.run,
+        arguments.out,
+        onnx=arguments.onnx,
+        safetensors=arguments.safetensors,
+        admit=_admission(CONFIG),
+    )
     report(arguments.json, found, in_words(found, arguments.out))
     return ExitStatus.HANDLED
 
@@ -212,8 +221,18 @@ def _card(arguments: argparse.Namespace) -> int:
     from medfed.client.model_card import model_card
     from medfed.seams import system_seams
 
-    say(model_card(system_seams().files, arguments.run).rstrip())
+    say(model_card(system_seams().files, arguments.run, admit=_admission(CONFIG)).rstrip())
     return ExitStatus.HANDLED
+
+
+def _admission(config: Path) -> Callable[[Study], None]:
+    """Whose code may make a model here: what the policy of ``hospital.toml`` says; without one medfed's alone (MF-134)."""
+    from medfed.client.policy import load_hospital
+    from medfed.client.run_checks import refuse_code
+    from medfed.seams import system_seams
+
+    files = system_seams().files
+    return load_hospital(files, config).policy.admit_code if files.exists(config) else refuse_code
 
 
 def _site(arguments: argparse.Namespace) -> Site:

@@ -17,6 +17,7 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from medfed import display
 from medfed.client.approval import MODEL_NAME as FIRST_MODEL_NAME
 from medfed.client.local_calibration import held_out
 from medfed.client.local_folder import local_folder, require_released
@@ -85,7 +86,7 @@ def benefit(site: Site, run: Path) -> tuple[Benefit, Path]:
     from medfed.client.explanation_pictures import require_matplotlib
 
     require_matplotlib()
-    trained = load(run, site.seams.files)
+    trained = load(run, site.seams.files, site.config.policy.admit_code)
     require_released(trained, "judged as a released one")
     training, aside = held_out(site, trained.study)
     weights, passes = _three(site, run, trained, training)
@@ -219,10 +220,10 @@ def in_words(found: Benefit, folder: Path) -> Iterator[str]:
     from medfed.client.benefit_page import shown
 
     for stamp in found["stamps"]:
-        yield f"[{stamp}]"
+        yield f"[{display.shown(stamp)}]"
     every = found["groups"][0]
     yield (
-        f"{found['study']} on {counted(found['held_out_patients'], 'held-out patient')} of this hospital "
+        f"{display.shown(found['study'])} on {counted(found['held_out_patients'], 'held-out patient')} of this hospital "
         f"({found['training_patients']} train), {found['primary']} with its 95 % interval:"
     )
     for model, figures in every["models"].items():

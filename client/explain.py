@@ -95,6 +95,7 @@ class Card(TypedDict):
     expires: str
     predicted: str
     predicted_columns: list[str]
+    copies: int
     columns: list[str]
     series: list[str]
     max_records_per_patient: int
@@ -153,6 +154,7 @@ def card(reviewed: Review, outlook: ApprovalOutlook, caps: Caps, *, coordinator_
         expires=study.study.expires,
         predicted=target_in_words(study.task),
         predicted_columns=study.task.columns,
+        copies=1 if study.training.augmentation is None else study.training.augmentation.copies,
         columns=list(_columns(study.data)),
         series=[] if study.data.series is None else list(_series(study.data.series)),
         max_records_per_patient=study.data.max_records_per_patient,
@@ -323,12 +325,14 @@ def _what(asked: Card) -> Iterator[str]:
     for place, paragraph in enumerate(asked["series"]):
         first, later = ("    | ", "    | ") if place else ("  - ", "    ")
         yield from textwrap.wrap(shown(paragraph), 100, initial_indent=first, subsequent_indent=later)
-    yield f"  - {shown(asked['predicted'])}"
+    yield f"  - what is predicted: {shown(asked['predicted'])}"
     yield (
         f"Your data fit: {counted(asked['records'], 'record')} of {counted(asked['patients'], 'patient')}, "
         f"{asked['holdout_patients']} of them set aside and never trained on."
     )
     yield f"It trains: {asked['model']}, {asked['parameters']} parameters."
+    if asked["copies"] > 1:
+        yield f"It makes {asked['copies'] - 1} changed copies of each image in every step, which count with the image."
     if asked["code"] is not None:
         yield from _runs(asked["code"])
 

@@ -36,7 +36,7 @@ def calibrate(site: Site, run: Path) -> tuple[KeptCalibration, Path | None]:
     """Fit, say what it brought, and where it lies: kept only if it helps patients that it was not fitted on; what was kept before
     of this model goes. Raises MF-310 for too few labelled records, MF-203 for a task without classes."""
     files = site.seams.files
-    trained = load(run, files)
+    trained = load(run, files, site.config.policy.admit_code)
     require_released(trained, "calibrated")
     _, records = held_out(site, trained.study)
     chances = trained.predict(records.inputs)

@@ -6,7 +6,7 @@ form is that of Mitchell et al. 2019 (Model cards for model reporting, arXiv:181
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -90,12 +90,14 @@ class _Result(_Lenient):
     held_out_metrics: Annotated[list[_Measured], Field(max_length=1000)] = Field(default_factory=list)
 
 
-def model_card(files: Files, folder: Path, source: str | None = None) -> str:
+def model_card(
+    files: Files, folder: Path, source: str | None = None, admit: Callable[[Study], None] | None = None
+) -> str:
     """The card in Markdown. ``source``: where the records came from, if that is known.
 
     Raises as ``load``; ``ConfigError`` MF-201 for a result or statement that is no such file; MF-195 for a local model.
     """
-    trained = load(folder, files)
+    trained = load(folder, files, admit)
     require_released(trained, "described for others")
     study = trained.study
     privacy = _read(files, folder / PRIVACY_NAME, _Privacy)

@@ -15,10 +15,12 @@ from typing import TypedDict
 
 from medfed.client.local_folder import LOCAL, local_folder, require_released
 from medfed.client.site import Site
+from medfed.display import shown
 from medfed.errors import DataError
 from medfed.models import catalogue, parameters
 from medfed.models.fine_tuning import Tuned, looks, tune
-from medfed.models.loading import MODEL_NAME, STUDY_JSON_NAME, TrainedModel, load, marked
+from medfed.models.loading import MODEL_NAME, STUDY_JSON_NAME, TrainedModel, load
+from medfed.models.marks import marked
 from medfed.models.records import Records
 from medfed.progress import Progress
 from medfed.seams import Files
@@ -50,7 +52,7 @@ class Personalized(TypedDict):
 def personalize(site: Site, run: Path) -> tuple[Personalized, Path]:
     """Train on, write the folder, say what it brought. Raises MF-195 for a model that is local already, MF-310 for fewer than
     ``FEWEST_PATIENTS`` training patients."""
-    trained = load(run, site.seams.files)
+    trained = load(run, site.seams.files, site.config.policy.admit_code)
     require_released(trained, "personalized again")
     records = site.read_records(trained.study)
     aside = site.holdout(records.patients)
@@ -141,7 +143,7 @@ judges it on them.
 
 def in_words(record: Personalized, folder: Path) -> Iterator[str]:
     for stamp in record["stamps"]:
-        yield f"[{stamp}]"
+        yield f"[{shown(stamp)}]"
     patients = counted(record["training_patients"], "patient")
     if record["passes"] == 0:
         yield f"Training on with {patients} did not help (cross-validation): the released model stands, copied."

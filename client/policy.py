@@ -219,10 +219,12 @@ class Policy(StrictModel):
         _need(model in self.models, 134, f'model "{model}" is not allowed here', "models")
         self.admit_code(study)
         _need(privacy.unit in self.units, 134, f'privacy unit "{privacy.unit}" is not allowed here', "units")
+        copies = 1 if study.training.augmentation is None else study.training.augmentation.copies
         _need(
-            1 <= most <= self.max_records_per_patient,
+            1 <= most * copies <= self.max_records_per_patient,
             134,
-            f"{most} records per patient are more than this hospital's {self.max_records_per_patient}",
+            f"{most * copies} records per patient, changed copies counted, are more than this hospital's "
+            f"{self.max_records_per_patient}",
             "max_records_per_patient",
         )
 

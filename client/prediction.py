@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -22,6 +22,7 @@ from medfed.client.policy import DataSection
 from medfed.client.sources.csv_table import Table, read_table
 from medfed.client.sources.event_table import read_events
 from medfed.client.sources.hospital_records import read_records
+from medfed.display import shown
 from medfed.errors import ConfigError
 from medfed.models.loading import TrainedModel, load
 from medfed.models.records import Inputs
@@ -110,13 +111,22 @@ def require_empty(files: Files, out: Path) -> None:
         raise ConfigError(212, f"{out.name} is there and not empty", "choose another --out")
 
 
-def predict(files: Files, run: Path, home: Path, data: DataSection, out: Path, explain: int = 0) -> Predictions:
+def predict(
+    files: Files,
+    run: Path,
+    home: Path,
+    data: DataSection,
+    out: Path,
+    explain: int = 0,
+    admit: Callable[[Study], None] | None = None,
+) -> Predictions:
     """Read, predict, explain the first ``explain`` records, and write it all to ``out``, at the end and at once.
 
     ``home``: the folder that paths of ``data`` are relative to, and where this hospital's own calibration lies, if it has one.
+    ``admit``: as for ``load``.
     """
     require_empty(files, out)
-    trained = load(run, files)
+    trained = load(run, files, admit)
     kept = kept_calibration(files, home, trained)
     if kept is not None:
         trained = trained.with_local(kept)
@@ -223,15 +233,15 @@ def _table(result: Predictions) -> bytes:
 def in_words(result: Predictions, out: Path) -> Iterator[str]:
     """For people: what was done, never what was predicted for whom."""
     for stamp in result["stamps"]:
-        yield f"[{stamp}]"
+        yield f"[{shown(stamp)}]"
     yield (
-        f"{counted(result['records'], 'record')} of {counted(result['patients'], 'patient')} by {result['study']}, model "
+        f"{counted(result['records'], 'record')} of {counted(result['patients'], 'patient')} by {shown(result['study'])}, model "
         f"{result['model_sha256'][:12]}."
     )
     yield f"Calibration: {result['calibration']}."
-    yield from result["cautions"]
-    shown = list(zip(result["names"], result["means"], strict=True))[:12]
-    yield "Means: " + ", ".join(f"{name} {mean:.3f}" for name, mean in shown)
+    yield from (shown(caution) for caution in result["cautions"])
+    first = list(zip(result["names"], result["means"], strict=True))[:12]
+    yield "Means: " + ", ".join(f"{shown(name)} {mean:.3f}" for name, mean in first)
     more = f" and {counted(len(result['explanations']), 'file')} of explanations" if result["explanations"] else ""
     yield f"Written to {out}: {TABLE_NAME}, {JSON_NAME}{more}. They hold patients' ids: keep them here."
 

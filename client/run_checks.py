@@ -105,9 +105,17 @@ def _require_known_code(study: Study, site: Site | None) -> None:
     """Making an own model runs the code of a package: only where a hospital's policy names it (MF-134)."""
     if site is not None:
         site.config.policy.admit_code(study)
-    elif isinstance(study.model, Own):
+    else:
+        refuse_code(study)
+
+
+def refuse_code(study: Study) -> None:
+    """Raise MF-134 for an own model, where no hospital's policy is at hand."""
+    if isinstance(study.model, Own):
         what = f"this run's model is code of package {study.model.package}"
-        raise PrivacyError(134, what, "verify it with the --config of a hospital whose policy names the package")
+        raise PrivacyError(
+            134, what, "do it beside the hospital.toml (--config) of a hospital whose policy names the package"
+        )
 
 
 def _parsed(data: bytes, kind: type[_Parsed], name: str) -> _Parsed:

@@ -427,6 +427,9 @@ class Study(StrictModel):
             raise ValueError(f"{self.model.name} does not take records of kind {self.data.kind}")
         if self.training.augmentation is not None and self.data.kind not in AUGMENTED:
             raise ValueError(f"augmentation is for images, not for records of kind {self.data.kind}")
+        augmentation = self.training.augmentation
+        if augmentation is not None and augmentation.quarter_turns and self.data.shape[-1] != self.data.shape[-2]:
+            raise ValueError("quarter_turns need images as high as wide")
         if self.task.kind not in SOLVES.get(self.model.name, CLASSIC):
             raise ValueError(f"{self.model.name} is not for tasks of kind {self.task.kind}")
         if (self.task.kind == "tagging") != (self.data.text is not None and self.data.text.tokens == "given-words"):

@@ -222,18 +222,18 @@ def target_in_words(task: Task) -> str:
     """What is predicted, in a line for people."""
     match task:
         case Classification():
-            return f"{task.label}: what is predicted, one of {task.classes} classes"
+            return f"{task.label}, one of {task.classes} classes"
         case MultiLabel():
-            return f"{', '.join(task.labels)}: what is predicted, each 0 or 1"
+            return f"{', '.join(task.labels)}, each 0 or 1"
         case Tagging():
-            return f"{task.label}: what is predicted, where each {', '.join(task.entities)} stands in a text"
+            return f"{task.label}, where each {', '.join(task.entities)} stands in a text"
         case Survival():
-            return f"{task.event} after {task.time} ({task.unit}): what is predicted"
+            return f"{task.event} after {task.time} ({task.unit})"
         case Reconstruction():
             measured = "" if task.label is None else f"; {task.label} says which are unusual, to measure only"
-            return f"the record itself is what is predicted{measured}"
+            return f"the record itself{measured}"
         case Effect():
-            return f"{task.outcome} with and without {task.treatment}: what is predicted"
+            return f"{task.outcome} with and without {task.treatment}"
 
 
 def cautions(task: Task) -> list[str]:

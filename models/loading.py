@@ -7,7 +7,7 @@ model, whoever made it.
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -18,14 +18,13 @@ from torch import nn
 from medfed.errors import ConfigError, RemoteProtocolError
 from medfed.models import catalogue, parameters, tasks
 from medfed.models.calibration import Floats, LocalCalibration, calibrated
+from medfed.models.marks import marks
 from medfed.models.records import Inputs
 from medfed.seams import Files, system_seams
 from medfed.study import Study, load_study
 
 MODEL_NAME, STUDY_NAME, STUDY_JSON_NAME, PRIVACY_NAME = "model.safetensors", "study.toml", "study.json", "privacy.json"
-_MARK = "medfed-stamps"
-_LIMIT_BYTES = 1 << 34
-_HEADER_LIMIT = 1 << 20
+_LIMIT_BYTES = 1 << 30  # the largest model of the catalogue has a quarter of that
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,8 +66,13 @@ class _Stated(BaseModel):
     stamps: Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=8)]
 
 
-def load(run_folder: Path | str, files: Files | None = None) -> TrainedModel:
+def load(
+    run_folder: Path | str, files: Files | None = None, admit: Callable[[Study], None] | None = None
+) -> TrainedModel:
     """Open what ``medfed-simulate run``, the coordinator or a hospital's study folder holds of a finished run.
+
+    ``admit``: asked before the model is made, which for an own model runs the code of a package; it raises where that is not
+    allowed. Without it whoever calls this answers for the packages that are installed.
 
     Raises: MF-100 for what is no folder, MF-606 where study or model is missing (a hospital's study folder has no model
     before the run has ended), MF-151 to MF-153 for a model file that is no safetensors file of exactly the study's tensors,
@@ -78,6 +82,8 @@ def load(run_folder: Path | str, files: Files | None = None) -> TrainedModel:
     if not folder.is_dir():
         raise ConfigError(100, f"{folder.name} is no folder", "name a run's folder: it holds model.safetensors")
     study = _study(files, folder)
+    if admit is not None:
+        admit(study)
     if not files.exists(folder / MODEL_NAME):
         raise ConfigError(606, f"{folder.name} holds no {MODEL_NAME}", "name the folder of a finished run")
     data = files.read(folder / MODEL_NAME, limit_bytes=_LIMIT_BYTES)
@@ -115,26 +121,3 @@ def _stated(files: Files, folder: Path, study: Study, digest: str) -> list[str]:
         if stated != found:
             raise RemoteProtocolError(194, f"{PRIVACY_NAME} is of another {name}", "do not rely on this run")
     return said.stamps
-
-
-# ----------------------------------------------------------------------------------------------------------- marked files
-
-
-def marked(data: bytes, stamps: tuple[str, ...]) -> bytes:
-    """A safetensors file with ``stamps`` in its header, where they stay when it is copied or renamed; its tensors are the
-    same."""
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    header["__metadata__"] = {_MARK: json.dumps(list(stamps))}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at whole words
-    return len(text).to_bytes(8, "little") + text + data[8 + size :]
-
-
-def marks(data: bytes) -> tuple[str, ...]:
-    """The stamps of a safetensors file that was opened before; () of one without."""
-    size = int.from_bytes(data[:8], "little")
-    if size > _HEADER_LIMIT:
-        return ()
-    found = json.loads(data[8 : 8 + size]).get("__metadata__", {}).get(_MARK, "[]")
-    return tuple(str(stamp)[:200] for stamp in json.loads(found))

@@ -57,7 +57,7 @@ def parsed(smiles: str) -> Mol | None:
     from rdkit import Chem, rdBase
 
     with rdBase.BlockLogs():
-        return Chem.MolFromSmiles(smiles) if len(smiles) <= LONGEST else None
+        return Chem.MolFromSmiles(smiles) if smiles.isascii() and len(smiles) <= LONGEST else None
 
 
 def _molecules(column: str, cells: Sequence[str], rows: Sequence[int]) -> Iterator[tuple[int, Mol]]:

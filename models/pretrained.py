@@ -16,6 +16,7 @@ from torch import nn
 from medfed.errors import ConfigError, UnsupportedModel
 from medfed.model_choice import Pretrained
 from medfed.models.lora import adapt
+from medfed.models.marks import refuse_local
 from medfed.models.own_packages import verified_package
 
 
@@ -23,7 +24,8 @@ def take_pretrained(model: nn.Module, chosen: Pretrained) -> None:
     """Load and freeze all weights of ``model`` but those of the layers ``chosen.trained``, and put adapters beside linear layers.
 
     Raises ``ConfigError``: MF-161 another package than the study's, or without that file; MF-151 no safetensors; MF-152 a weight
-    is missing or of another shape or type; MF-153 not finite; ``UnsupportedModel`` MF-160 if nothing is left to train.
+    is missing or of another shape or type; MF-153 not finite; ``PrivacyError`` MF-195 a hospital's own model;
+    ``UnsupportedModel`` MF-160 if nothing is left to train.
     """
     tensors = _tensors(chosen)
     layers = dict(model.named_modules())
@@ -60,4 +62,5 @@ def _tensors(chosen: Pretrained) -> dict[str, NDArray[np.generic]]:
         tensors: dict[str, NDArray[np.generic]] = load(package.files[chosen.file])
     except (SafetensorError, ValueError, KeyError, TypeError):
         raise ConfigError(151, "the pretrained file is no safetensors file", "only safetensors are accepted") from None
+    refuse_local(package.files[chosen.file])
     return tensors

@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 from torch import nn
 
-from medfed.errors import ConfigError, PrivacyError
+from medfed.errors import ConfigError
 from medfed.models import parameters
-from medfed.models.loading import marks
+from medfed.models.marks import refuse_local
 from medfed.wording import counted
 
 
@@ -53,14 +53,14 @@ def take_over(model: nn.Module, start: WarmStart) -> Taken:
     names = [name for name, _ in parameters.trainable(model)]
     if not start.partly:
         flat = parameters.from_safetensors(model, start.file)
-        _refuse_local(start.file)
+        refuse_local(start.file)
         parameters.assign(model, flat)
         return Taken(tuple(names), (), 0)
     try:
         tensors = load(start.file)
     except (SafetensorError, ValueError, KeyError, TypeError):
         raise ConfigError(151, "model file is no safetensors file", "only safetensors are accepted") from None
-    _refuse_local(start.file)
+    refuse_local(start.file)
     taken = [
         (name, weight, tensors[name])
         for name, weight in parameters.trainable(model)
@@ -75,10 +75,3 @@ def take_over(model: nn.Module, start: WarmStart) -> Taken:
             weight.copy_(torch.from_numpy(tensor))
     found = {name for name, _, _ in taken}
     return Taken(tuple(sorted(found)), tuple(name for name in names if name not in found), len(tensors) - len(found))
-
-
-def _refuse_local(file: bytes) -> None:
-    """``file``: a safetensors file that was opened."""
-    if marks(file):
-        what = "this model was trained at one hospital without privacy, for its own use"
-        raise PrivacyError(195, what, "begin with the model that the federation released")

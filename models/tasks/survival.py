@@ -139,7 +139,9 @@ def _times(name: str, cells: Sequence[str], rows: Sequence[int]) -> NDArray[np.i
             value = math.nan
         if not 0.0 <= value <= MOST_UNITS:
             raise fault(row, name, "is not a time of 0 or more", "drop rows without one")
-        times[record] = round(value)
+        if value != math.floor(value):  # rounded, an event could fall into another interval
+            raise fault(row, name, "is no whole number", "give times in a finer unit, such as days; the study names it")
+        times[record] = int(value)
     return times
 
 

@@ -10,7 +10,9 @@ import pytest
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from medfed.client.policy import Policy
 from medfed.client.trainer import chosen_rows, gradient_sum, number_patients, with_copies
+from medfed.errors import MedfedError
 from medfed.models.catalogue import build
 from medfed.models.parameters import flatten
 from medfed.models.records import Records
@@ -147,3 +149,53 @@ def test_which_views_are_there_is_the_same_in_every_copy(make_study: MakeStudy) 
     copied, _ = with_copies(study, (patients, np.arange(2)), KEY)
     assert np.array_equal(copied.records.inputs[:, 2], np.repeat(inputs[:, 2], 3, axis=0))
     assert not np.array_equal(copied.records.inputs[1, :2], inputs[0, :2])
+
+
+@pytest.mark.parametrize("kind", ["image", "views", "volume"])
+def test_quarter_turns_of_what_is_not_square_are_refused(kind: str, make_study: MakeStudy) -> None:
+    """A copy would not fit, and only where somebody was sampled: that it failed would tell of that."""
+    turns = {"copies": 2, "quarter_turns": True}
+    image = {**IMAGE, "width": 10, **({"views": 2} if kind == "views" else {})}
+    volume = {
+        "column": "scan",
+        "depth": 8,
+        "height": 8,
+        "width": 10,
+        "lower": 0.0,
+        "upper": 1.0,
+        "center": 0.5,
+        "scale": 0.25,
+    }
+    pooled = {"name": "multi-view", "channels": [4], "first_stride": 2, "groups": 2, "head": "mean", "pooling": "mean"}
+    deep = {"name": "cnn3d", "channels": [4], "first_stride": 2, "groups": 2, "head": "mean", **PIN}
+    changes: dict[str, dict[str, object]] = {
+        "image": {"data.image": image},
+        "views": {"data.image": image, "model": {**pooled, "attention_size": 4, **PIN}},
+        "volume": {"data.image": None, "data.volume": {**volume, "resize": "refuse"}, "model": deep},
+    }
+    with pytest.raises(ValidationError, match="quarter_turns need images as high as wide"):
+        study_of(make_study, turns, **changes[kind])
+
+
+def test_copies_count_against_the_hospitals_cap_of_records(make_study: MakeStudy) -> None:
+    study = study_of(make_study, {"copies": 8, "flip": True})
+    policy = Policy(
+        max_epsilon_study=100.0,
+        max_epsilon_lifetime=100.0,
+        lifetime_delta=0.001,
+        max_delta=0.01,
+        min_noise_multiplier=0.3,
+        min_hospitals=3,
+        min_honest=2,
+        min_colluders=1,
+        modes=["local", "distributed"],
+        units=["patient"],
+        tasks=["binary"],
+        models=["cnn"],
+        max_sampling_rate=1.0,
+        max_attempts=1000,
+        max_records_per_patient=8 * study.data.max_records_per_patient,
+    )
+    policy.admit(study)
+    with pytest.raises(MedfedError, match=r"MF-134 .* changed copies counted"):
+        policy.model_copy(update={"max_records_per_patient": policy.max_records_per_patient - 1}).admit(study)

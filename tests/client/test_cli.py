@@ -79,7 +79,7 @@ def test_approval_screen_says_what_is_asked_what_it_costs_who_is_in_and_what_lea
     for said in (
         "age: 0 to 120 years",
         "ventilated: one of no, yes",
-        "died: what is predicted",
+        "what is predicted: died",
         "12 records of 12 patients",
         "4 rounds and 1 spare attempt; ",
         "your own noise alone",

@@ -20,9 +20,10 @@ from medfed.client.explain import _code, _runs, card, in_words
 from medfed.client.ledger import Ledger
 from medfed.client.own_models import allowed_model, require_true_gradients
 from medfed.client.policy import Policy
-from medfed.client.run_checks import _require_known_code
+from medfed.client.run_checks import _require_known_code, refuse_code
 from medfed.errors import ExitStatus, MedfedError
 from medfed.models import catalogue
+from medfed.models.loading import load
 from medfed.models.own_packages import read_package
 from medfed.seams import system_seams
 from medfed.server.planning import load_task
@@ -282,3 +283,18 @@ def test_own_model_learns_heart_disease_in_a_private_federation(ward_models: Pat
     )
     (score,) = done.outcomes
     assert (score.scores.metrics["auc"] or 0.0) > 0.8
+
+
+def test_released_own_model_is_not_made_where_the_policy_does_not_name_its_package(
+    ward_models: Path, make_study: MakeStudy, release: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A run's folder comes from the coordinator: what it names must not run because it happens to be installed."""
+    study = make_study({"model": model_of()})
+    folder = release(tmp_path / "run", study)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "ward_models"]:
+        del sys.modules[name]
+    for admit in (policy_of([], ["own"]).admit_code, refuse_code):
+        with pytest.raises(MedfedError, match="MF-134"):
+            load(folder, None, admit)
+    assert "ward_models" not in sys.modules
+    assert load(folder, None, policy_of(["ward-models"], ["own"]).admit_code).study == study

@@ -10,7 +10,8 @@ import pytest
 from medfed import models
 from medfed.errors import MedfedError
 from medfed.models import catalogue, parameters, tasks
-from medfed.models.loading import load, marked, marks
+from medfed.models.loading import load
+from medfed.models.marks import marked, marks
 from medfed.models.records import encode_records
 
 COLUMNS = {"age": ("60", "80"), "lactate": ("2", "?"), "ventilated": ("no", "yes")}

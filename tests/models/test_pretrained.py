@@ -13,6 +13,7 @@ from torch import Tensor
 from medfed.client.own_models import require_true_gradients
 from medfed.errors import MedfedError
 from medfed.models import catalogue
+from medfed.models.marks import marked
 from medfed.models.own_packages import read_package
 from medfed.models.parameters import count, flatten, from_safetensors, to_safetensors, trainable
 from medfed.models.separability import require_separable
@@ -104,6 +105,9 @@ def test_pretrained_weights_that_are_no_numbers_or_no_safetensors_are_refused(
     tensors = load(path.read_bytes())
     path.write_bytes(save(tensors | {"embedding.weight": tensors["embedding.weight"] * float("nan")}))
     with pytest.raises(MedfedError, match=r"MF-153 tensor embedding\.weight holds numbers that are not finite"):
+        catalogue.build(study_of(make_study))
+    path.write_bytes(marked(save(tensors), ("LOCAL",)))
+    with pytest.raises(MedfedError, match="MF-195 this model was trained at one hospital without privacy"):
         catalogue.build(study_of(make_study))
     path.write_bytes(b"\x80\x04}q\x00.")
     with pytest.raises(MedfedError, match="MF-151 the pretrained file is no safetensors file"):

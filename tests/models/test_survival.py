@@ -220,7 +220,7 @@ def test_metrics_prefer_a_model_that_knows_the_times() -> None:
 
 def test_labels_are_times_in_whole_units_and_events(make_study: MakeStudy) -> None:
     data = make_study().data
-    columns = {"days": ["12.0", "0", " 7.6"], "died": ["1", "0.0", "1"]}
+    columns = {"days": ["12.0", "0", " 8"], "died": ["1", "0.0", "1"]}
     found = meaning(HAZARD).labels(data, columns, [2, 3, 4])
     assert found.tolist() == [[12, 1], [0, 0], [8, 1]]
     assert meaning(HAZARD).strata(found).tolist() == [1, 0, 1]
@@ -231,6 +231,7 @@ def test_labels_are_times_in_whole_units_and_events(make_study: MakeStudy) -> No
     [
         ("-1", "1", "row 7, column days: value is not a time of 0 or more"),
         ("", "1", "column days"),
+        ("1.4", "1", "row 7, column days: value is no whole number"),
         ("nan", "1", "column days"),
         ("1e300", "1", "column days"),
         ("3", "2", "row 7, column died: value is neither 0 nor 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 
 from medfed.errors import ConfigError, PrivacyError
 from medfed.models import catalogue
-from medfed.models.loading import marked
+from medfed.models.marks import marked, marks
 from medfed.models.parameters import flatten, to_safetensors
 from medfed.models.warm_start import Taken, WarmStart, take_over
 from medfed.study import Study
@@ -113,3 +114,17 @@ def test_rehearsal_begins_at_the_weights_it_is_given(tmp_path: Path) -> None:
     assert np.allclose(done.weights, 0.5, atol=1e-4)
     cold = rehearse(tmp_path / "cold", cohort, replace(plan, start=None), seams)
     assert np.abs(cold.weights - 0.5).min() > 0.1
+
+
+@pytest.mark.parametrize("mark", ["x", "5", "null", "[[1]]", "[" * 5000])
+def test_marks_that_are_no_list_of_texts_are_one_error(mark: str, make_study: MakeStudy) -> None:
+    header = json.dumps({"__metadata__": {"medfed-stamps": mark}}).encode()
+    with pytest.raises(ConfigError, match="MF-151"):
+        marks(len(header).to_bytes(8, "little") + header)
+
+
+def test_mark_of_a_file_with_a_long_header_is_found() -> None:
+    many = save({f"tensor {number} {'long ' * 30}": np.zeros(1, np.float32) for number in range(9000)})
+    assert int.from_bytes(many[:8], "little") > 1 << 20
+    assert marks(many) == ()
+    assert marks(marked(many, ("LOCAL",))) == ("LOCAL",)
