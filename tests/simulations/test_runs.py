@@ -394,7 +394,7 @@ def test_federation_result_scores_the_model_that_the_coordinator_left(finished):
 def test_cohorts_are_listed_with_source_and_licence(capsys):
     assert main(["cohorts"]) == 0
     said = capsys.readouterr().out
-    assert said.count("CC BY 4.0") == 3
+    assert said.count("CC BY 4.0") == 4
     assert said.count("source and licence: ") == len(COHORTS)
     assert "CC BY-SA 3.0" in said
 
