@@ -1,7 +1,8 @@
 """What medfed can train, row by row: the catalogue's table, from which ``docs/capabilities.md`` and the contract test are made.
 
 A row exists only with a reader, a study under ``studies/``, a private federated run, a metric above what guessing reaches,
-and predictions with an explanation: ``tests/simulations/test_capabilities.py`` runs every one of them.
+and predictions with an explanation: ``tests/simulations/test_capabilities.py`` runs every one of them (experimental ones in
+`make soak`).
 """
 
 from __future__ import annotations
@@ -294,8 +295,8 @@ def page() -> str:
         "# What can be trained",
         "",
         "Every row has a reader for hospitals' files, a study, private federated training, a metric above the trivial",
-        "baseline, and predictions with an explanation; one test runs all of them. What each reaches stands in",
-        "[results](results.md). Made by `make docs`.",
+        "baseline, and predictions with an explanation. One test runs all of them, of experimental ones in `make soak`. What",
+        "each reaches stands in [results](results.md). Made by `make docs`.",
     ]
     for family in dict.fromkeys(row.family for row in CAPABILITIES):
         lines += ["", f"## {family}", "", "| row | example | study | cohort | must beat | status |", "|-|-|-|-|-|-|"]

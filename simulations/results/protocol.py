@@ -247,7 +247,7 @@ ROWS: tuple[Row, ...] = (
         seconds=Seconds(pooled=60.0, single=60.0, federation=30.0, opacus=110.0),
         opacus_splits=1,
         note="The 11,550 training texts of published figures are not in the set: those cannot be compared. Opacus trains for "
-        "minutes here, and was measured on one split.",
+        "minutes here, and is asked for on one split only.",
     ),
     Row(
         name="brca-survival",
